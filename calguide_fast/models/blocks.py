@@ -1,7 +1,7 @@
 """Building blocks of the ADM networks (Dhariwal & Nichol, 2021, arXiv 2105.05233).
 
-Module names and indices follow openai/guided-diffusion, so that its checkpoints load with `strict=True`; the way the
-blocks compute is ours. Feature maps are (B, C, H, W) in either memory format, and blocks keep the format they are given.
+Module names and indices follow openai/guided-diffusion, so that its checkpoints load with `strict=True`; the way
+the blocks compute is ours. Feature maps are (B, C, H, W) in either memory format, and blocks keep the one they get.
 """
 
 from __future__ import annotations

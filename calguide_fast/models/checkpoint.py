@@ -75,22 +75,27 @@ def _read(path: Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} was refused: it is damaged, or reading it would run code that it brings along. If you trust it, "
-            "save its state_dict() alone, with torch.save or as safetensors, and load that file"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    # opened first, so that a file one may not read is not taken for a damaged one
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} was refused: it is damaged, or reading it would run code that it brings along. If you trust "
+                "it, save its state_dict() alone, with torch.save or as safetensors, and load that file"
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    named_tensors = isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
+    if not named_tensors or not content:
         raise ValueError(
             f"{path} holds no state dict: expected names and tensors, at the top or under "
             + " or ".join(repr(wrapper) for wrapper in WRAPPERS)

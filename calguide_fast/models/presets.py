@@ -88,9 +88,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "imagenet128": _preset(128, (1, 1, 2, 3, 4), 0.5, num_heads=4, **_WIDE),
         "imagenet256": _preset(256, (1, 1, 2, 2, 4, 4), 1.0, num_head_channels=64, **_WIDE),
-        "imagenet256_uncond": _preset(
-            256, (1, 1, 2, 2, 4, 4), 10.0, num_classes=None, num_head_channels=64, **_WIDE
-        ),
+        "imagenet256_uncond": _preset(256, (1, 1, 2, 2, 4, 4), 10.0, num_classes=None, num_head_channels=64, **_WIDE),
         "imagenet512": _preset(512, (0.5, 1, 1, 2, 2, 4, 4), 4.0, num_head_channels=64, **_WIDE),
     }
 )

@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import AttentionBlock, AttentionPool2d, Downsample, GroupNorm32, ResBlock, Upsample
-from .blocks import timestep_embedding, zero_init
+from .blocks import (
+    AttentionBlock,
+    AttentionPool2d,
+    Downsample,
+    GroupNorm32,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+    zero_init,
+)
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
@@ -190,7 +198,7 @@ class UNet(_Encoder):
         use_new_attention_order: see `AttentionBlock`.
 
     Raises:
-        ValueError: for widths that 32 normalisation groups or the attention heads do not divide, or `dims` other than 2.
+        ValueError: for widths that 32 normalisation groups or the heads do not divide, and for `dims` other than 2.
     """
 
     def __init__(
