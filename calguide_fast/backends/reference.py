@@ -77,7 +77,7 @@ def guidance_gradient(
     # a NaN or infinite logit spoils the whole row, whichever terms are switched on
     spoilt = torch.where(entropy.isfinite(), 0.0, math.nan)
     grad = (grad + spoilt).to(logits.dtype)
-    stats = torch.cat([score, log_prob, entropy, d, label_log_prob], 1).T + spoilt.T
+    stats = torch.stack([(column + spoilt).squeeze(1) for column in (score, log_prob, entropy, d, label_log_prob)])
     return (grad if out is None else out.copy_(grad)), stats
 
 
