@@ -122,7 +122,9 @@ class Guidance:
         scalars = GuidanceStats(*stats.unbind(0))
         if self.entropy_scaling is not None:
             # the backward pass is linear, so that scaling the few logits scales the image gradient
-            factor = (math.log(logits.shape[1]) / scalars.entropy).clamp(max=self.entropy_scaling)
+            # one class has no entropy to speak of, and log C = 0: the ratio is 0 there, not 0/0
+            normalised = scalars.entropy / max(math.log(logits.shape[1]), 1e-30)
+            factor = normalised.reciprocal().clamp(max=self.entropy_scaling)
             logit_grad *= factor[:, None].to(logit_grad.dtype)
         (gradient,) = torch.autograd.grad(logits, x, logit_grad)
         return ImageGradient(gradient, scalars)
