@@ -9,6 +9,8 @@
 // The others are summed: sum_terms of each class, w normalised so that phi'(1) = 0.
 #pragma once
 
+#include <math.h>
+
 #include "vector_math.h"
 
 namespace calguide {
@@ -60,6 +62,9 @@ struct ClassWeight {
   float order_less_1;  // a - 1, rounded once
   float w_factor;      // 1 / (a - 1)
   float value_factor;  // 1 / (a (a - 1)) below a = 1/2, else 1 / a
+  // q t^a = power_factor exp(a d + power_shift), of the row: see set_power
+  float power_factor;
+  float power_shift;
 };
 
 CALGUIDE_INLINE ClassWeight class_weight(double q, double log_q, double root_q, double order) {
@@ -75,13 +80,24 @@ CALGUIDE_INLINE ClassWeight class_weight(double q, double log_q, double root_q, 
   return weight;
 }
 
+// q t^a = exp(a d + k), k = (1 - a) log q - a log s. The likely classes have the large powers when a > 0, and d near 0: there
+// k as a factor costs no digits, where its rounding inside the exponent would. Elsewhere the factor could overflow.
+CALGUIDE_INLINE void set_power(ClassWeight& weight, double log_q, double order, double log_s) {
+  const double k = (1.0 - order) * log_q - order * log_s;
+  const bool factor = order > 0.0 && k < 80.0 && k > -80.0;
+  weight.power_factor = factor ? static_cast<float>(exp(k)) : 1.0f;
+  weight.power_shift = factor ? 0.0f : static_cast<float>(k);
+}
+
+// p = exp(d) / s, d the logit less the row's largest
 template <int D>
-CALGUIDE_INLINE ClassTerms class_terms(float p, float log_p, const ClassWeight& of) {
+CALGUIDE_INLINE ClassTerms class_terms(float p, float d, float log_s, const ClassWeight& of) {
   if constexpr (D == divergence_js) {
     // phi = (t log t - (t + 1) log((t + 1) / 2)) / 2: one log per class, never that of a clamped ratio
     const float log_2 = 0.693147181f;
     // the addend matters only where p + q is 0 and everything it meets is 0
     const float log_sum = log_normal(p + of.q + 1e-37f);
+    const float log_p = d - log_s;
     const float from_p = p * ((log_p + log_2) - log_sum);
     const float from_q = of.q * ((of.log_q + log_2) - log_sum);
     return {0.5f * from_p, 0.5f * (from_p + from_q)};
@@ -103,8 +119,8 @@ CALGUIDE_INLINE ClassTerms class_terms(float p, float log_p, const ClassWeight& 
     static_assert(D == divergence_alpha, "a divergence without class terms");
     // phi = (t^a - a t + a - 1) / (a (a - 1)), near t = 1 by expm1 so that a may come close to 0 and 1
     const float a = of.order;
-    const float log_t = log_p - of.log_q;
-    const float power = exp_float(a * log_t + of.log_q);  // q t^a
+    const float log_t = (d - log_s) - of.log_q;
+    const float power = of.power_factor * exp_float(a * d + of.power_shift);  // q t^a
     const float z = of.order_less_1 * log_t;
     const float az = a * log_t;
     const float w = (__builtin_fabsf(z) < 0.34f ? p * expm1_small(z) : power - p) * of.w_factor;

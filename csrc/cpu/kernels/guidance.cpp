@@ -16,9 +16,16 @@ namespace calguide {
 namespace CALGUIDE_ISA {
 namespace {
 
-// partial sums in float are this long, their total is in double
-constexpr int64_t block_length = 2048;
+// a buffer is padded to whole vectors of the widest instruction set
 constexpr int64_t lanes = 16;
+// partial sums in float add 64 terms a lane, their total is in double
+#if defined(__AVX512F__)
+constexpr int64_t block_length = 64 * 16;
+#elif defined(__AVX__)
+constexpr int64_t block_length = 64 * 8;
+#else
+constexpr int64_t block_length = 64 * 4;
+#endif
 // a padding logit: its exponential is 0 at any temperature, and it stays finite less any logit the fast path admits
 constexpr float padding = -1e38f;
 constexpr float largest_fast_logit = 1e37f;
@@ -83,6 +90,9 @@ struct Gradient {
   bool overflows;
   double w_total;
   float inverse_s;
+  // a class other than the label that has most of the probability, and its gradient; -1: none
+  int64_t peak;
+  double at_peak;
 };
 
 struct ExpSums {
@@ -147,7 +157,7 @@ TermSums term_pass(const Row& row, int64_t count, float inverse_s, float log_s, 
 #pragma omp simd reduction(+ : sum_w, sum_value)
     for (int64_t i = begin; i < end; ++i) {
       const float p = (Half ? e[i] * e[i] : e[i]) * inverse_s;
-      const ClassTerms terms = class_terms<D>(p, (x[i] - max) - log_s, of);
+      const ClassTerms terms = class_terms<D>(p, x[i] - max, log_s, of);
       w[i] = terms.w;
       sum_w += terms.w;
       sum_value += terms.value;
@@ -195,7 +205,7 @@ void overflow_pass(const Row& row, const Gradient& gradient, Marginal marginal, 
 }
 
 template <class T>
-void write_gradient(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+void write_form(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
   if (gradient.overflows) return overflow_pass(row, gradient, marginal, grad);
   switch (marginal * 2 + gradient.has_w) {
     case marginal_same * 2: return gradient_pass<marginal_same, false>(row, gradient, grad);
@@ -205,6 +215,12 @@ void write_gradient(const Row& row, const Gradient& gradient, Marginal marginal,
     case marginal_general * 2: return gradient_pass<marginal_general, false>(row, gradient, grad);
     default: return gradient_pass<marginal_general, true>(row, gradient, grad);
   }
+}
+
+template <class T>
+void write_gradient(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+  write_form(row, gradient, marginal, grad);
+  if (gradient.peak >= 0) store_float(grad + gradient.peak, static_cast<float>(gradient.at_peak));
 }
 
 ExpSums exponentials(const Row& row, int64_t count, const Settings& settings, bool sum_d) {
@@ -241,13 +257,13 @@ TermSums other_terms(int divergence, const Row& row, int64_t count, Marginal mar
   }
 }
 
-ClassTerms one_class_terms(int divergence, float p, float log_p, const ClassWeight& of) {
+ClassTerms one_class_terms(int divergence, float p, float d, float log_s, const ClassWeight& of) {
   switch (divergence) {
-    case divergence_js: return class_terms<divergence_js>(p, log_p, of);
-    case divergence_hellinger: return class_terms<divergence_hellinger>(p, log_p, of);
-    case divergence_chi2: return class_terms<divergence_chi2>(p, log_p, of);
-    case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(p, log_p, of);
-    default: return class_terms<divergence_alpha>(p, log_p, of);
+    case divergence_js: return class_terms<divergence_js>(p, d, log_s, of);
+    case divergence_hellinger: return class_terms<divergence_hellinger>(p, d, log_s, of);
+    case divergence_chi2: return class_terms<divergence_chi2>(p, d, log_s, of);
+    case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(p, d, log_s, of);
+    default: return class_terms<divergence_alpha>(p, d, log_s, of);
   }
 }
 
@@ -256,6 +272,24 @@ double reverse_kl(const Prior& prior, double label_log_p, double others, double 
   double divergence = has_label ? prior.label_q * (prior.log_label_q - label_log_p) : 0.0;
   if (prior.other_q > 0.0) divergence += prior.other_q * (others * prior.log_other_q - sum_other_log_p);
   return divergence;
+}
+
+struct Peak {
+  int64_t index;
+  double w, other_w, other_e;
+};
+
+// The class with d = 0, which must be one of row's, and the sums over row's others, free of what the peak would round away.
+Peak find_peak(const Row& row, Marginal marginal) {
+  Peak peak = {};
+  while (row.x[peak.index] != row.max) ++peak.index;
+  peak.w = row.w[peak.index];
+  for (int64_t i = 0; i < row.count; ++i) {
+    if (i == peak.index) continue;
+    peak.other_w += row.w[i];
+    peak.other_e += marginal == marginal_half ? row.e[i] * row.e[i] : row.e[i];
+  }
+  return peak;
 }
 
 double at_least_zero(double value) { return value < 0.0 ? 0.0 : value; }
@@ -299,6 +333,7 @@ Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64
   if (arguments.adaptive_entropy && prior.n > 1) lambda *= 1.0 - entropy / prior.log_n;
 
   Gradient gradient = {};
+  gradient.peak = -1;
   gradient.inverse_s = static_cast<float>(1.0 / s);
   // divergence's part of: b0 * s, b1 * s, c0 and the label's gradient
   double linear = 0.0, logarithmic = 0.0, constant = 0.0, at_label = 0.0, value = 0.0;
@@ -318,17 +353,23 @@ Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64
     }
   } else {
     const float log_s_float = static_cast<float>(log_s);
-    const TermSums terms = other_terms(divergence, row, count, settings.marginal, gradient.inverse_s, log_s_float, prior.other);
+    ClassWeight other = prior.other, label_weight = prior.label;
+    if (divergence == divergence_alpha) {
+      set_power(other, prior.log_other_q, settings.order, log_s);
+      set_power(label_weight, prior.log_label_q, settings.order, log_s);
+    }
+    const TermSums terms =
+        other_terms(divergence, row, count, settings.marginal, gradient.inverse_s, log_s_float, other);
     gradient.w_total = terms.w;
     value = terms.value;
     if (count > row.count) {
-      const ClassTerms pad = one_class_terms(divergence, 0.0f, padding, prior.other);
+      const ClassTerms pad = one_class_terms(divergence, 0.0f, padding, log_s_float, other);
       value -= static_cast<double>(count - row.count) * pad.value;
     }
     double label_w = 0.0;
     if (row.has_label) {
       const ClassTerms label =
-          one_class_terms(divergence, static_cast<float>(p), static_cast<float>(log_p), prior.label);
+          one_class_terms(divergence, static_cast<float>(p), static_cast<float>(row.label_d), log_s_float, label_weight);
       label_w = label.w;
       value += label.value;
       // w - p (w + the others' sum), with 1 - p as exact as the others' sum
@@ -339,6 +380,13 @@ Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64
     gradient.alpha = static_cast<float>(settings.alpha);
     gradient.overflows = gradient.has_w && !isfinite(static_cast<float>(gradient.w_total));
     if (gradient.has_w && !gradient.overflows) linear += settings.alpha * gradient.w_total;
+    if (gradient.has_w && !gradient.overflows && s < 2.0 && row.label_d < 0.0) {
+      // w and p W would cancel to their last digits
+      const Peak peak = find_peak(row, settings.marginal);
+      const double others_w = peak.other_w + label_w, others_e = peak.other_e + label_e;
+      gradient.peak = peak.index;
+      gradient.at_peak = -tau2 / s2 - lambda / s * (entropy - log_s) - settings.alpha * (peak.w * others_e - others_w) / s;
+    }
   }
   value = at_least_zero(value);
 
