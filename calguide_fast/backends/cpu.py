@@ -69,9 +69,7 @@ def tilt_weights(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: f
         scores = scores.float()
     count = scores.shape[0]
     weights = torch.empty(count)
-    _cpu.tilt_weights(
-        scores.data_ptr(), scores.stride(0), count, tilt, normalize_sum, max_weight, weights.data_ptr()
-    )
+    _cpu.tilt_weights(scores.data_ptr(), scores.stride(0), count, tilt, normalize_sum, max_weight, weights.data_ptr())
     return weights
 
 
