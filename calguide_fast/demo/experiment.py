@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calguide_fast.demo import checkpoints
-from calguide_fast.demo.data import CLASSES, Digits, load_split
+from calguide_fast.demo.data import CLASSES, Digits, few_labels, load_split
 from calguide_fast.demo.methods import TERMS, Method
 from calguide_fast.demo.networks import DigitClassifier
 from calguide_fast.evaluation import frechet_distance, precision_recall
@@ -73,7 +73,7 @@ def class_cycle(count: int) -> Tensor:
 
 
 def draw(
-    lab: Lab, method: Method, count: int, run: int, steps: str, batch_size: int, progress: bool = False
+    lab: Lab, method: Method, run: int, count: int, steps: str, batch_size: int
 ) -> tuple[Samples, float]:
     """`count` digits of all classes in turn, and the seconds it took. Every method gets the same seeds in one `run`."""
     settings = method.sampler_settings()
@@ -81,7 +81,7 @@ def draw(
     sampler = FDivSampler(lab.unet, guide, num_classes=CLASSES, **settings)
     seeds = torch.arange(count) + run * SEEDS_APART
     start = time.perf_counter()
-    samples = sampler.sample(class_cycle(count), seeds=seeds, steps=steps, batch_size=batch_size, progress=progress)
+    samples = sampler.sample(class_cycle(count), seeds=seeds, steps=steps, batch_size=batch_size, progress=False)
     return samples, time.perf_counter() - start
 
 
@@ -92,8 +92,9 @@ def measure(lab: Lab, samples: Samples, seconds: float) -> Figures:
 
 
 def measure_real(lab: Lab, count: int) -> Figures:
-    """The same figures of `count` training digits: what a perfect sampler would get."""
-    return _figures(lab, Digits(lab.train.images[:count], lab.train.labels[:count]), 0.0, 0.0)
+    """The same figures of `count` training digits, or all there are: what a perfect sampler would get."""
+    real = lab.train if count >= len(lab.train.labels) else few_labels(lab.train, count)
+    return _figures(lab, real, seconds=0.0, norm=0.0)
 
 
 def _figures(lab: Lab, digits: Digits, seconds: float, norm: float) -> Figures:
@@ -116,7 +117,7 @@ class GradientTrace:
     """Image-gradient norms of each term by itself along one and the same unguided trajectory."""
 
     timesteps: list[int]  # K of them, falling
-    confidence: dict[str, list[float]]  # median over the images of p_y at τ=1, by classifier
+    doubt: dict[str, list[float]]  # median over the images of 1 − p_y at τ=1, by classifier
     norms: dict[str, dict[str, list[list[float]]]]  # [classifier][term] -> K × (lower quartile, median, upper quartile)
 
 
@@ -125,7 +126,7 @@ def trace_gradients(lab: Lab, count: int, run: int, steps: str) -> GradientTrace
     labels = class_cycle(count)
     names = {False: "guide", True: "overconfident twin"}
     timesteps: list[int] = []
-    confidence: dict[str, list[float]] = {name: [] for name in names.values()}
+    doubt: dict[str, list[float]] = {name: [] for name in names.values()}
     norms: dict[str, dict[str, list[list[float]]]] = {
         name: {term: [] for term in TERMS} for name in names.values()
     }
@@ -140,11 +141,11 @@ def trace_gradients(lab: Lab, count: int, run: int, steps: str) -> GradientTrace
                 found = guidance.image_gradient(doubles[twin], step.x0.double(), labels)
                 norm = torch.linalg.vector_norm(found.gradient.flatten(1), dim=1)
                 norms[name][term].append(norm.quantile(quartiles).tolist())
-            confidence[name].append(found.stats.label_log_prob.exp().median().item())
+            doubt[name].append(-found.stats.label_log_prob.expm1().median().item())
 
     # at scale 0 the sampler classifies, so that the callback sees x̂₀, yet nothing is pushed
     sampler = FDivSampler(lab.unet, lab.guides[False], guidance=Guidance("none", scale=0.0))
     sampler.sample(
         labels, seeds=torch.arange(count) + run * SEEDS_APART, steps=steps, progress=False, callback=watch
     )
-    return GradientTrace(timesteps, confidence, norms)
+    return GradientTrace(timesteps, doubt, norms)

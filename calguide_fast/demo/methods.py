@@ -21,10 +21,6 @@ class Method:
     strength: float | None = None
     strengths: tuple[float, ...] = ()  # what a sweep tries
 
-    @property
-    def tunable(self) -> bool:
-        return bool(self.strengths)
-
     def at(self, strength: float) -> Method:
         """The same method at another strength."""
         return replace(self, strength=strength)
@@ -38,10 +34,12 @@ class Method:
         return {"guidance": None}
 
 
-# six scales for every method, a factor of two apart, around where each works: no method is tuned more than another.
-# one temperature away from saturation the gradient is some twenty times larger, hence the two ranges
+# six strengths for every method, a factor of two apart for scales, around where each works: none is tuned more than
+# another. At τ₂=1 the gradient is soon some twenty times smaller, with the overconfident twin some four times larger
 SCALES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-SCALES_SATURATING = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+SCALES_SATURATING = tuple(20 * scale for scale in SCALES)
+SCALES_OVERCONFIDENT = tuple(scale / 4 for scale in SCALES)
+SCALES_SATURATING_OVERCONFIDENT = tuple(5 * scale for scale in SCALES)
 CFG_WEIGHTS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 ADM_G = Guidance("none", marginal_temperature=1.0)
@@ -67,7 +65,7 @@ METHODS = (
     Method(
         "tilted",
         "Tilted",
-        f"EluCD, t = {TILT}",
+        f"EluCD, t = −{-TILT}",
         replace(ELUCD, tilt=TILT, tilt_max=TILT_MAX),
         strength=0.2,
         strengths=SCALES,
@@ -87,7 +85,7 @@ METHODS = (
         ADM_G,
         overconfident=True,
         strength=8.0,
-        strengths=SCALES_SATURATING,
+        strengths=SCALES_SATURATING_OVERCONFIDENT,
     ),
     Method(
         "elucd_overconfident",
@@ -96,16 +94,16 @@ METHODS = (
         ELUCD,
         overconfident=True,
         strength=0.2,
-        strengths=SCALES,
+        strengths=SCALES_OVERCONFIDENT,
     ),
     Method(
         "js_overconfident",
-        "Jensen–Shannon, overconfident",
+        "JS, overconfident",
         "EluCD − 3·JS(q, p)",
         _divergence("js"),
         overconfident=True,
         strength=0.2,
-        strengths=SCALES,
+        strengths=SCALES_OVERCONFIDENT,
     ),
 )
 

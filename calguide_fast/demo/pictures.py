@@ -1,4 +1,4 @@
-"""The demo's pictures: contact sheet, gradient norms, and the frontier of a sweep."""
+"""The demo's pictures: sheets of digits, gradient norms, and the frontier of a sweep."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from calguide_fast.demo.data import CLASSES, IMAGE_SIZE
+from calguide_fast.demo.data import IMAGE_SIZE
 from calguide_fast.demo.experiment import GradientTrace
 from calguide_fast.demo.methods import METHODS
 
@@ -31,47 +29,56 @@ def _style(name: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One row of the contact sheet."""
+    """One row of a sheet of digits."""
 
     title: str
     detail: str
-    figures: str
-    images: Tensor  # (10 · per digit, 1, 8, 8): the digits in turn, 0 to 9 and again
-    wrong: Tensor  # (10 · per digit,) bool: the judge sees another class
+    figures: Sequence[str]
+    images: Tensor  # (columns · depth, 1, 8, 8): one for each column, then the second of each, …
+    wrong: Tensor  # (columns · depth,) bool: the judge sees another class
 
 
-def contact_sheet(rows: Sequence[SheetRow], heading: str, note: str, path: Path) -> None:
-    """Write all methods, one below the other, as one picture: digits 0 to 9 across, figures beside them."""
-    tile = IMAGE_SIZE + 1
-    per_digit = len(rows[0].images) // CLASSES
-    block = per_digit * tile + 2  # a wider gap sets the digits apart
-    width, height = CLASSES * block, len(rows) * (tile + 2)
+def sheet(
+    rows: Sequence[SheetRow],
+    columns: Sequence[str],
+    figures: Sequence[str],
+    heading: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Write rows of digits as one picture: titles on the left, figures on the right, wrong digits framed."""
+    tile, row_height = IMAGE_SIZE + 1, IMAGE_SIZE + 2.6
+    depth = len(rows[0].images) // len(columns)
+    column_width = depth * tile + 2  # a wider gap sets the columns apart
+    width, height = len(columns) * column_width - 2, len(rows) * row_height
 
-    inches = 1 / 16
-    left, right, top, bottom = 2.9, 3.1, 1.15, 0.75
-    size = (left + width * inches + right, top + height * inches + bottom)
-    figure = Figure(figsize=size, dpi=120, facecolor="white")
-    axes = figure.add_axes((left / size[0], bottom / size[1], width * inches / size[0], height * inches / size[1]))
-    canvas = np.full((height, width), np.nan)
-    for r, row in enumerate(rows):
-        for i, image in enumerate(row.images[:, 0]):
-            y, x = r * (tile + 2), (i % CLASSES) * block + (i // CLASSES) * tile
-            canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.clamp(-1, 1)
-            if row.wrong[i]:
-                axes.add_patch(
-                    Rectangle((x - 0.75, y - 0.75), tile - 0.5, tile - 0.5, fill=False, edgecolor=_WRONG, linewidth=1.8)
-                )
-        middle = r * (tile + 2) + IMAGE_SIZE / 2 - 0.5
-        axes.text(-3, middle - 1.6, row.title, ha="right", va="center", fontsize=11, fontweight="bold")
-        axes.text(-3, middle + 2.4, row.detail, ha="right", va="center", fontsize=8.5, color="#444444")
-        axes.text(width + 1, middle, row.figures, ha="left", va="center", fontsize=9.5, family="monospace")
-    for digit in range(CLASSES):
-        axes.text(digit * block + per_digit * tile / 2 - 1, -3, str(digit), ha="center", fontsize=13, fontweight="bold")
-    axes.text(width + 1, -3, " Fréchet  prec. recall class", ha="left", fontsize=9.5, family="monospace")
-    axes.imshow(canvas, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    # all lengths are in pixels of a digit, of which an inch holds 14
+    left, right, top, bottom = 49, 13 * len(figures) + 3, 16, 10
+    size = ((left + width + right) / 14, (top + height + bottom) / 14)
+    figure = Figure(figsize=size, dpi=100, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-left, width + right), ylim=(height + bottom, -top))
     axes.set_axis_off()
-    figure.text(0.5, 1 - 0.3 / size[1], heading, ha="center", va="center", fontsize=14, fontweight="bold")
-    figure.text(0.5, 0.3 / size[1], note, ha="center", va="center", fontsize=9.5, color="#444444")
+    for r, row in enumerate(rows):
+        y = r * row_height
+        for i, image in enumerate(row.images[:, 0]):
+            x = i % len(columns) * column_width + i // len(columns) * tile
+            extent = (x, x + IMAGE_SIZE, y + IMAGE_SIZE, y)
+            axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest", extent=extent, aspect="auto")
+            if row.wrong[i]:
+                axes.add_patch(Rectangle((x, y), IMAGE_SIZE, IMAGE_SIZE, fill=False, edgecolor=_WRONG, linewidth=3))
+        axes.text(-2, y + 2.6, row.title, ha="right", va="center", fontsize=13.5, fontweight="bold")
+        axes.text(-2, y + 6.2, row.detail, ha="right", va="center", fontsize=10.5, color="#444444")
+        for f, text in enumerate(row.figures):
+            axes.text(width + 13 * (f + 1), y + 4, text, ha="right", va="center", fontsize=13)
+    for c, text in enumerate(columns):
+        middle = c * column_width + (depth * tile - 1) / 2
+        axes.text(middle, -1.5, text, ha="center", va="bottom", fontsize=15, fontweight="bold")
+    for f, text in enumerate(figures):
+        axes.text(width + 13 * (f + 1), -1.5, text, ha="right", va="bottom", fontsize=12, fontweight="bold")
+    axes.text((width + right - left) / 2, -11, heading, ha="center", va="center", fontsize=18, fontweight="bold")
+    axes.text((width + right - left) / 2, height + 4, note, ha="center", va="center", fontsize=12, color="#444444")
+    # imshow fits the axes to its last picture
+    axes.set(xlim=(-left, width + right), ylim=(height + bottom, -top))
     figure.savefig(path)
 
 
@@ -82,14 +89,12 @@ def gradient_plot(trace: GradientTrace, path: Path) -> None:
     steps = range(1, len(trace.timesteps) + 1)
     for panel, (classifier, terms) in zip(panels, trace.norms.items(), strict=True):
         for color, (term, values) in zip(_COLORS[2:], terms.items(), strict=False):
-            low, middle, high = torch.tensor(values).unbind(1)
-            panel.semilogy(steps, middle, color=color, linewidth=2, label=term)
-            panel.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-        _finish(panel, f"{classifier.capitalize()}", "step, from noise to image", "")
+            panel.semilogy(steps, [median for _, median, _ in values], color=color, linewidth=2, label=term)
+        _finish(panel, classifier.capitalize(), "step, from noise to image", "")
     panels[0].set_ylabel("norm of the image gradient")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=10)
     figure.suptitle(
-        "Each term's gradient by itself, at the x̂₀ of one unguided trajectory (median, quartiles shaded)", fontsize=12
+        "Each term's gradient by itself, where an unguided sampler passes through (median over images)", fontsize=12
     )
     figure.savefig(path)
 

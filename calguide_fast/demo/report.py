@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
 Sweep = Mapping[str, Sequence[Mapping[str, float]]]
 
 
-def cells(figures: Figures) -> str:
-    """Fréchet distance, precision, recall and class accuracy in columns of fixed width."""
-    return f"{figures.frechet:8.2f}  {figures.precision:.3f}  {figures.recall:.3f} {figures.accuracy:6.1%}"
+HEADINGS = ("Fréchet", "precision", "recall", "class")
+
+
+def cells(figures: Figures) -> tuple[str, str, str, str]:
+    """What `HEADINGS` name: Fréchet distance, precision, recall and class accuracy."""
+    return (
+        f"{figures.frechet:.2f}",
+        f"{figures.precision:.3f}",
+        f"{figures.recall:.3f}",
+        f"{figures.accuracy:.1%}",
+    )
 
 
 def formula(method: Method) -> str:
@@ -52,7 +61,7 @@ def write(
             "python": platform.python_version(),
             "torch": torch.__version__,
             "calguide_fast": calguide_fast.__version__,
-            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
         },
         "seconds": round(seconds, 1),
         "real_training_digits": asdict(floor),
@@ -90,15 +99,15 @@ def _markdown(
     parts = [
         "# Guided digits",
         f"{runs if plan.runs > 1 else f'{plan.images} images'} of each method, {plan.steps} DDPM steps, the same seeds "
-        f"and labels for every method, {seconds:.0f} s in all on {torch.get_num_threads()} threads. "
-        "Look at `contact_sheet.png` first, at `grids/` for a hundred digits of each method, at `gradient_norms.png` "
-        "for what saturates" + (", and at `frontier.png` for the sweep." if sweep else "."),
+        f"and labels for every method, {seconds:.0f} s in all. "
+        "Look at `contact_sheet.png` first, at `rescued.png` for what guidance mends, at `grids/` for a hundred digits "
+        "of each method, at `gradient_norms.png` for what saturates" + (", and at `frontier.png` for the sweep." if sweep else "."),
         _table(plan, methods, measured, floor),
         "**Fréchet** distance to the 500 test digits (lower is better; in brackets to the 1297 training digits), "
         "**precision** and **recall** (k = 3) against the test digits, all on 64 features of a network that guides "
         "nothing; **class**: share of images that this network reads as the digit asked for. The row of real digits "
         "is what a perfect sampler would get. **Gradient**: mean norm of the image gradient over all steps, before the "
-        "scale. Figures depend on the number of images: compare within this table only.",
+        "scale. **Seconds** and images/s are those of one thread while others work beside it. Figures depend on the number of images: compare within this table only.",
         "## How strengths were chosen",
         _tuning(plan, sweep),
         "## What saturates",
@@ -113,8 +122,7 @@ def _table(plan: Plan, methods: Sequence[Method], measured: Mapping[str, Sequenc
     lines = [
         "| method | score and strength | Fréchet | precision | recall | class | gradient | seconds | images/s |",
         "|---|---|---|---|---|---|---|---|---|",
-        f"| real training digits | | {floor.frechet:.2f} | {floor.precision:.3f} | {floor.recall:.3f} "
-        f"| {floor.accuracy:.1%} | | | |",
+        f"| real training digits | | {' | '.join(cells(floor))} | | | |",
     ]
     for method in methods:
         average = summarise(measured[method.name], mean)
@@ -140,7 +148,7 @@ def _tuning(plan: Plan, sweep: Sweep) -> str:
         else "by an earlier `calguide-fast demo --full`, on 1000 images of other seeds"
     )
     return (
-        "Each method was given six strengths, a factor of two apart for the classifier's scale, and keeps the one with "
+        "Each method was given six strengths, for the classifier's scale a factor of two apart, and keeps the one with "
         f"the lowest Fréchet distance to the *training* digits ({origin}); the test digits chose nothing. "
         f"All else was set beforehand and not tuned here: α = {ALPHA:g}, ε = {EPSILON:g}, γ = 0.3 for all but ADM-G, "
         f"softplus β = {SOFTPLUS_BETA:g} in both classifiers, tilt and entropy weight as the table has them "
@@ -152,13 +160,18 @@ def _tuning(plan: Plan, sweep: Sweep) -> str:
 
 def _saturation(trace: GradientTrace) -> str:
     lines = [
-        "Median norm of each term's image gradient by itself, along one unguided trajectory. Half-way and last are steps "
+        "The classifier's doubt, and the median norm of each term's image gradient by itself, along one unguided trajectory. Half-way and last are steps "
         "of that trajectory; “fall” is the first over the smallest of all steps.",
         "",
         "| classifier | term | first | half-way | last | fall |",
         "|---|---|---|---|---|---|",
     ]
     for classifier, terms in trace.norms.items():
+        doubt = trace.doubt[classifier]
+        lines.append(
+            f"| {classifier} | 1 − p(label) | {doubt[0]:.2g} | {doubt[len(doubt) // 2]:.2g} | {doubt[-1]:.2g} "
+            f"| {_times(doubt[0] / min(doubt))} |"
+        )
         for term, quartiles in terms.items():
             middle = [quartile[1] for quartile in quartiles]
             fall = middle[0] / min(middle)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -67,53 +69,82 @@ def run_demo(
         assets: where the checkpoints lie.
         progress: print a line for each method.
     """
-    plan = plan or (FULL if full else QUICK)
     folder = Path(out_dir)
     (folder / "grids").mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     say = print if progress else _silence
-    lab = Lab(assets)
-    floor = measure_real(lab, plan.images)
-
-    sweep: dict[str, list[dict[str, float]]] = {}
-    if plan.tuned:
-        methods = [_tuned(lab, method, plan, sweep, say) for method in methods]
-        pictures.frontier_plot(sweep, asdict(measure_real(lab, plan.tuned)), folder / "frontier.png")
-
-    measured: dict[str, list[Figures]] = {}
-    shown: dict[str, Tensor] = {}
-    for method in methods:
-        measured[method.name] = []
-        for run in range(plan.runs):
-            samples, seconds = draw(lab, method, plan.images, run, plan.steps, plan.batch_size)
-            figures = measure(lab, samples, seconds)
-            measured[method.name].append(figures)
-            say(f"{method.title:30}{report.cells(figures)}  {seconds:5.1f} s")
-            if run == 0:
-                _save_grid(samples, folder / "grids" / f"{method.name}.png")
-                shown[method.name] = samples.images[:SHOWN]
-
-    say("tracing gradients")
-    trace = trace_gradients(lab, plan.traced, TUNING_RUN, plan.steps)
-    pictures.gradient_plot(trace, folder / "gradient_norms.png")
-    _save_sheet(lab, methods, shown, measured, floor, plan, folder / "contact_sheet.png")
-    took = time.perf_counter() - start
-    report.write(folder, plan, methods, measured, floor, sweep, trace, took)
-    say(f"done in {took:.0f} s: look at {folder / 'contact_sheet.png'} and {folder / 'results.md'}")
+    with _one_thread_each() as pool:
+        _run(folder, plan or (FULL if full else QUICK), methods, Lab(assets), pool, say)
     return folder
 
 
-def _tuned(lab: Lab, method: Method, plan: Plan, sweep: dict[str, list[dict[str, float]]], say: Callable[..., None]) -> Method:
-    """The method at its best strength: the one nearest to the training digits, so that the test digits stay unseen."""
-    if not method.tunable:
-        return method
-    points = []
-    for strength in method.strengths:
-        samples, seconds = draw(lab, method.at(strength), plan.tuned, TUNING_RUN, plan.steps, plan.batch_size)
-        points.append({"strength": strength, **asdict(measure(lab, samples, seconds))})
-        say(f"sweep {method.title:30} {strength:6g}: {points[-1]['frechet_train']:.2f} to the training digits")
-    sweep[method.name] = points
-    return method.at(min(points, key=lambda point: point["frechet_train"])["strength"])
+def _run(
+    folder: Path,
+    plan: Plan,
+    methods: Sequence[Method],
+    lab: Lab,
+    pool: ThreadPoolExecutor,
+    say: Callable[..., None],
+) -> None:
+    start = time.perf_counter()
+    sweep: dict[str, list[dict[str, float]]] = {}
+    if plan.tuned:
+        methods = _tuned(lab, methods, plan, pool, sweep, say)
+        pictures.frontier_plot(sweep, asdict(measure_real(lab, plan.tuned)), folder / "frontier.png")
+
+    tracing = pool.submit(trace_gradients, lab, plan.traced, TUNING_RUN, plan.steps)
+    jobs = [(method, run) for method in methods for run in range(plan.runs)]
+    drawn = pool.map(lambda job: draw(lab, *job, plan.images, plan.steps, plan.batch_size), jobs)
+    measured: dict[str, list[Figures]] = {method.name: [] for method in methods}
+    first: dict[str, Tensor] = {}
+    for (method, run), (samples, seconds) in zip(jobs, drawn, strict=True):
+        figures = measure(lab, samples, seconds)
+        measured[method.name].append(figures)
+        say(f"{method.title:30}", "".join(f"{cell:>8}" for cell in report.cells(figures)), f"{seconds:7.1f} s")
+        if run == 0:
+            _save_grid(samples, folder / "grids" / f"{method.name}.png")
+            first[method.name] = samples.images
+
+    floor = measure_real(lab, plan.images)
+    trace = tracing.result()
+    pictures.gradient_plot(trace, folder / "gradient_norms.png")
+    _save_contact_sheet(lab, methods, first, measured, floor, plan, folder / "contact_sheet.png")
+    _save_rescued(lab, methods, first, folder / "rescued.png")
+    took = time.perf_counter() - start
+    report.write(folder, plan, methods, measured, floor, sweep, trace, took)
+    say(f"done in {took:.0f} s: look at {folder / 'contact_sheet.png'} and {folder / 'results.md'}")
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as cores, each computing with one thread: small networks keep several threads waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _tuned(
+    lab: Lab,
+    methods: Sequence[Method],
+    plan: Plan,
+    pool: ThreadPoolExecutor,
+    sweep: dict[str, list[dict[str, float]]],
+    say: Callable[..., None],
+) -> list[Method]:
+    """The methods at their best strengths: nearest to the training digits, so that the test digits stay unseen."""
+    jobs = [method.at(strength) for method in methods for strength in method.strengths]
+    drawn = pool.map(lambda method: draw(lab, method, TUNING_RUN, plan.tuned, plan.steps, plan.batch_size), jobs)
+    for method, (samples, seconds) in zip(jobs, drawn, strict=True):
+        point = {"strength": method.strength, **asdict(measure(lab, samples, seconds))}
+        sweep.setdefault(method.name, []).append(point)
+        say(f"sweep {method.title:30} {method.strength:6g}: {point['frechet_train']:.2f} from the training digits")
+    best = {
+        name: min(points, key=lambda point: point["frechet_train"])["strength"] for name, points in sweep.items()
+    }
+    return [method.at(best[method.name]) if method.strengths else method for method in methods]
 
 
 def _save_grid(samples: Samples, path: Path) -> None:
@@ -121,31 +152,58 @@ def _save_grid(samples: Samples, path: Path) -> None:
     image_grid(pixels, columns=CLASSES, zoom=8).save(path)
 
 
-def _save_sheet(
+def _save_contact_sheet(
     lab: Lab,
     methods: Sequence[Method],
-    shown: dict[str, Tensor],
+    first: dict[str, Tensor],
     measured: dict[str, list[Figures]],
     floor: Figures,
     plan: Plan,
     path: Path,
 ) -> None:
-    asked = class_cycle(SHOWN)
+    asked = class_cycle(min(SHOWN, plan.images))
 
     def row(title: str, detail: str, figures: Figures, images: Tensor) -> pictures.SheetRow:
-        wrong = lab.judged(images) != asked[: len(images)]
-        return pictures.SheetRow(title, detail, report.cells(figures), images, wrong)
+        images = images[: len(asked)]
+        return pictures.SheetRow(title, detail, report.cells(figures), images, lab.judged(images) != asked)
 
     by_digit = [lab.test.images[lab.test.labels == digit][: SHOWN // CLASSES] for digit in range(CLASSES)]
     rows = [row("Real digits", "pictures: test, figures: training", floor, torch.stack(by_digit, 1).flatten(0, 1))]
     for method in methods:
         figures = summarise(measured[method.name], mean)
-        rows.append(row(method.title, report.formula(method), figures, shown[method.name]))
-    pictures.contact_sheet(
+        rows.append(row(method.title, report.formula(method), figures, first[method.name]))
+    pictures.sheet(
         rows,
+        [str(digit) for digit in range(CLASSES)],
+        report.HEADINGS,
         f"Handwritten digits from the same noise under every method, {plan.steps} DDPM steps",
         "The first two seeds of each digit. Red frame: an independent network sees another class. "
-        f"Figures: all {plan.images * plan.runs} images of a method against the 500 test digits.",
+        f"Figures: all {plan.images * plan.runs} images of a method, against the 500 test digits.",
+        path,
+    )
+
+
+def _save_rescued(lab: Lab, methods: Sequence[Method], first: dict[str, Tensor], path: Path) -> None:
+    """What each method makes of the noise from which the first method listed, the unguided one, draws a wrong digit."""
+    asked = class_cycle(len(first[methods[0].name]))
+    missed = torch.nonzero(lab.judged(first[methods[0].name]) != asked)[:, 0]
+    # at most two of each class, so that the classes mistaken most do not fill the picture
+    chosen = torch.cat([missed[asked[missed] == digit][: SHOWN // CLASSES] for digit in range(CLASSES)])
+    if len(chosen) == 0:
+        return
+    rows = []
+    for method in methods:
+        wrong = lab.judged(first[method.name]) != asked
+        detail = report.formula(method)
+        mended = "" if method is methods[0] else f"{(~wrong[missed]).sum()} of {len(missed)}"
+        rows.append(pictures.SheetRow(method.title, detail, (mended,), first[method.name][chosen], wrong[chosen]))
+    pictures.sheet(
+        rows,
+        [str(digit) for digit in asked[chosen].tolist()],
+        ("mended",),
+        f"What becomes of the digits that {methods[0].title.lower()} sampling gets wrong",
+        "Above: the digit asked for. Red frame: an independent network sees another.\n"
+        "The first two failures of each digit: chosen for the first row's sake, so the others may fail elsewhere.",
         path,
     )
 
