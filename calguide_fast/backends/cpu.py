@@ -1,0 +1,139 @@
+"""CPU backend: vectorised C++ kernels, called with raw pointers, sizes and strides.
+
+Arguments arrive checked; see `calguide_fast.ops` for what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# torch first: the kernels then share its OpenMP runtime
+from calguide_fast import _cpu
+
+
+def tilt_weights(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
+    """Weights of the images of one tilt group, (B,) fp32."""
+    if scores.dtype is not torch.float32:
+        scores = scores.float()
+    count = scores.shape[0]
+    weights = torch.empty(count)
+    _cpu.tilt_weights(
+        scores.data_ptr(), scores.stride(0), count, tilt, normalize_sum, max_weight, weights.data_ptr()
+    )
+    return weights
+
+
+_STORAGE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def predict_x0(x_t: Tensor, model_output: Tensor, coefficients: Tensor, clip: bool, out: Tensor) -> Tensor:
+    """Prediction of x0 from x_t and eps, written to `out` in its dtype and strides."""
+    batch, channels = x_t.shape[:2]
+    if not x_t.numel():
+        return out
+    target = out
+    strides = None
+    if not (x_t.is_contiguous() and model_output.is_contiguous() and out.is_contiguous()):
+        (x_t, model_output, target), strides = _with_strides(x_t, model_output, out)
+    _cpu.predict_x0(
+        batch, channels, x_t[0, 0].numel(), x_t.data_ptr(),
+        model_output.data_ptr(), _STORAGE_TYPES[model_output.dtype], model_output.shape[1], strides,
+        coefficients.data_ptr(), clip, target.data_ptr(), _STORAGE_TYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out if target is out else out.copy_(target)
+
+
+def guided_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    gradient: Tensor | None,
+    weights: Tensor | None,
+    scores: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    variance_max: Tensor | None,
+    method: int,
+    learned_variance: bool,
+    scale: float,
+    tilt: float,
+    max_weight: float,
+    normalize_sum: bool,
+    sine_boost: float,
+    clip: bool,
+    out: Tensor,
+) -> Tensor:
+    """One guided DDPM (method 0) or DDIM (1) step from x_t to x_prev, written to `out`, which may be x_t itself."""
+    batch, channels = x_t.shape[:2]
+    elements = x_t.numel()
+    if not elements:
+        return out
+    strides = None
+    if not (
+        x_t.is_contiguous()
+        and model_output.is_contiguous()
+        and (gradient is None or gradient.is_contiguous())
+        and (noise is None or noise.is_contiguous())
+    ):
+        (x_t, model_output, gradient, noise), strides = _with_strides(x_t, model_output, gradient, noise)
+    # per-image vectors are read densely, a running maximum with gaps is written back
+    weights, scores, seeds = _dense(weights), _dense(scores), _dense(seeds)
+    running_max = _dense(variance_max)
+    _cpu.guided_step(
+        batch, channels, elements // (batch * channels), x_t.data_ptr(),
+        model_output.data_ptr(), _STORAGE_TYPES[model_output.dtype], model_output.shape[1],
+        _pointer(gradient), 0 if gradient is None else _STORAGE_TYPES[gradient.dtype], _pointer(noise), strides,
+        coefficients.data_ptr(), _pointer(weights), _pointer(scores), _pointer(seeds), _pointer(running_max),
+        method == 1, scale, tilt, max_weight, normalize_sum, sine_boost, clip, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if running_max is not variance_max:
+        variance_max.copy_(running_max)
+    return out
+
+
+def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
+    """Standard normals of images of `shape`, (B, *shape) fp32: a function of seed, draw and stream alone."""
+    seeds = seeds.contiguous()
+    out = torch.empty((len(seeds), *shape))
+    _cpu.philox_normal(
+        seeds.data_ptr(), len(seeds), math.prod(shape), draw, stream, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return vector if vector is None else vector.contiguous()
+
+
+def _with_strides(*tensors: Tensor | None) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """The tensors with their (image, channel, pixel) strides, copied where no single stride steps through the pixels."""
+    kept: list[Tensor | None] = []
+    strides: list[int] = []
+    for tensor in tensors:
+        pixel = 1 if tensor is None else _pixel_stride(tensor)
+        if pixel is None:
+            tensor, pixel = tensor.contiguous(), 1
+        kept.append(tensor)
+        strides += (0, 0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1), pixel)
+    return kept, tuple(strides)
+
+
+def _pixel_stride(tensor: Tensor) -> int | None:
+    pixel = following = None
+    for size, stride in zip(tensor.shape[:1:-1], tensor.stride()[:1:-1], strict=True):
+        if size == 1:
+            continue
+        if pixel is None:
+            pixel = stride
+        elif stride != following:
+            return None
+        following = size * stride
+    return 1 if pixel is None else pixel

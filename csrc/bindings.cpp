@@ -1,0 +1,17 @@
+// The module calguide_fast._cpu: every op's source file binds its own functions.
+#include <pybind11/pybind11.h>
+
+namespace calguide {
+
+void bind_isa(pybind11::module_& module);
+void bind_step(pybind11::module_& module);
+void bind_tilt(pybind11::module_& module);
+
+}  // namespace calguide
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "CPU kernels of calguide_fast; tensors come as pointers, sizes and strides, checked by the caller.";
+  calguide::bind_isa(module);
+  calguide::bind_step(module);
+  calguide::bind_tilt(module);
+}

@@ -1,0 +1,53 @@
+// 16-bit storage types and their conversions, in integer arithmetic that vectorises on any machine.
+#pragma once
+
+#include "vector_math.h"
+
+namespace calguide {
+
+// codes of the storage types as the bindings pass them
+enum StorageType { storage_float32 = 0, storage_bfloat16 = 1, storage_float16 = 2 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+CALGUIDE_INLINE float load_float(float value) { return value; }
+
+CALGUIDE_INLINE float load_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+CALGUIDE_INLINE float load_float(Float16 value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  // the multiplication moves the exponent's bias and normalises subnormals alike
+  const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return float_of(scaled | special | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+}
+
+CALGUIDE_INLINE void store_float(float* at, float value) { *at = value; }
+
+// round to nearest, ties to even
+CALGUIDE_INLINE void store_float(BFloat16* at, float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  at->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// round to nearest, ties to even
+CALGUIDE_INLINE void store_float(Float16* at, float value) {
+  const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
+  const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // adding 0.5 lets the hardware round a subnormal result at the right bit
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? special : result;
+  at->bits = static_cast<uint16_t>(result | sign);
+}
+
+}  // namespace calguide

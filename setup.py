@@ -1,0 +1,167 @@
+"""Compile the native modules with ninja. Everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pybind11
+from ninja.ninja_syntax import Writer
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+# NaN and infinity must stay what they are, so nothing of -ffast-math that assumes them away
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+# each kernel source is compiled once per instruction set; the widest one the machine has is chosen at run time
+ISA_FLAGS = {
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "v3": ["-march=x86-64-v3"],
+    "baseline": [],
+}
+
+# sources whose every multiply and add must round by itself, so that all machines give the same bits
+NO_CONTRACTION = {"step.cpp"}
+
+
+@dataclass
+class NativeModule:
+    """One extension module: its objects as (source, object name, compiler command), and the command that links them."""
+
+    name: str
+    objects: list[tuple[Path, str, list[str]]]
+    link: list[str]
+
+
+def cxx() -> list[str]:
+    """The C++ compiler command: $CXX, else the first of g++, clang++ and c++."""
+    command = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [command] if command else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    wanted = f"CXX={' '.join(command)}" if command else "g++, clang++ or c++"
+    raise SystemExit(
+        f"calguide_fast needs a C++17 compiler to install and found none ({wanted} is not on PATH). "
+        "Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx; "
+        "macOS: xcode-select --install) or name it in CXX."
+    )
+
+
+def accepts(flags: list[str], source: str = "int main() { return 0; }\n") -> bool:
+    """Whether the compiler builds and links a program with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "probe.cpp"
+        program.write_text(source)
+        command = [*cxx(), "-std=c++17", *flags, str(program), "-o", str(program.with_suffix(""))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def openmp_flags() -> list[str]:
+    """Threads where the compiler has OpenMP, else (Apple's clang) vectorisation pragmas only."""
+    if accepts(["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"):
+        return ["-fopenmp"]
+    print("calguide_fast: this compiler has no OpenMP; the CPU kernels will use one thread")
+    return ["-fopenmp-simd"] if accepts(["-fopenmp-simd"]) else []
+
+
+def kernel_isas() -> list[str]:
+    """Instruction sets to compile kernels for, widest first."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["baseline"]
+    return [isa for isa, flags in ISA_FLAGS.items() if accepts(flags)]
+
+
+def kernel_command(source: Path, isa: str, openmp: list[str]) -> list[str]:
+    """Command that compiles one kernel source for one instruction set, short of -c, the source and the output."""
+    contraction = ["-ffp-contract=off"] if source.name in NO_CONTRACTION else ["-ffp-contract=fast"]
+    return [*cxx(), *CXX_FLAGS, *openmp, *ISA_FLAGS[isa], *contraction, f"-DCALGUIDE_ISA={isa}", f"-I{CSRC}"]
+
+
+def cpu_module() -> NativeModule:
+    """`calguide_fast._cpu`: csrc/cpu/kernels/*.cpp once per instruction set, the rest of csrc/cpu and the bindings once."""
+    openmp, isas = openmp_flags(), kernel_isas()
+    objects = [
+        (source, f"{source.stem}.{isa}.o", kernel_command(source, isa, openmp))
+        for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp"))
+        for isa in isas
+    ]
+    includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    has_isa = [f"-DCALGUIDE_HAS_{isa.upper()}" for isa in isas]
+    host = [*cxx(), *CXX_FLAGS, *openmp, "-ffp-contract=off", *has_isa, *includes]
+    host_sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    objects += [(source, f"{source.stem}.o", host) for source in host_sources]
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    return NativeModule("calguide_fast._cpu", objects, [*cxx(), *shared, *(f for f in openmp if f == "-fopenmp")])
+
+
+def write_ninja(module: NativeModule, target: Path, folder: Path) -> Path:
+    """Write the module's build.ninja into `folder`."""
+    path = folder / "build.ninja"
+    with path.open("w") as stream:
+        ninja = Writer(stream, width=10000)
+        ninja.rule("compile", "$compiler -c $in -o $out", description="compile $out")
+        ninja.rule("link", "$linker $in -o $out", description="link $out")
+        outputs = []
+        for source, name, command in module.objects:
+            outputs.append(str(folder / name))
+            ninja.build(outputs[-1], "compile", str(source), variables={"compiler": quote(command)})
+        ninja.build(str(target), "link", outputs, variables={"linker": quote(module.link)})
+    return path
+
+
+def quote(command: list[str]) -> str:
+    """A command line as a ninja variable."""
+    return shlex.join(command).replace("$", "$$")
+
+
+class NinjaBuildExt(build_ext):
+    """build_ext that hands each module to ninja, from an empty folder every time."""
+
+    def build_extension(self, ext: Extension) -> None:
+        module = self.modules[ext.name]
+        folder = Path(self.build_temp).resolve() / ext.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "ninja", "-f", str(write_ninja(module, target, folder))]
+        jobs = os.environ.get("MAX_JOBS")
+        if subprocess.run(command + (["-j", jobs] if jobs else [])).returncode:
+            raise SystemExit(f"calguide_fast: compiling {ext.name} failed; the compiler's own message is above")
+
+    def build_extensions(self) -> None:
+        self.modules = {module.name: module for module in native_modules()}
+        super().build_extensions()
+
+
+class CleanBuild(build):
+    """build that starts from an empty folder, so that files removed from the sources do not live on in a wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def native_modules() -> list[NativeModule]:
+    """Every native module this machine can build."""
+    return [cpu_module()]
+
+
+if __name__ == "__main__":
+    sources = sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.cpp"))
+    setup(
+        ext_modules=[Extension("calguide_fast._cpu", sources=sources, language="c++")],
+        cmdclass={"build": CleanBuild, "build_ext": NinjaBuildExt},
+    )
