@@ -42,9 +42,7 @@ def covering(factors: dict[str, list]) -> list[tuple]:
     rng = random.Random(0)
     columns = list(factors.values())
     pairs = list(itertools.combinations(range(len(columns)), 2))
-    open_pairs = {
-        (i, a, j, b) for i, j in pairs for a in range(len(columns[i])) for b in range(len(columns[j]))
-    }
+    open_pairs = {(i, a, j, b) for i, j in pairs for a in range(len(columns[i])) for b in range(len(columns[j]))}
     rows = []
     while open_pairs:
         i, a, j, b = min(open_pairs)

@@ -129,7 +129,9 @@ def test_alpha_family_tends_to_the_two_kls(order, limit):
     assert all(torch.equal(a, b) for a, b in zip(exact, expected))
 
 
-@pytest.mark.parametrize(("order", "name", "factor"), [(2, "chi2", 0.5), (-1, "neyman_chi2", 0.5), (0.5, "hellinger", 2)])
+@pytest.mark.parametrize(
+    ("order", "name", "factor"), [(2, "chi2", 0.5), (-1, "neyman_chi2", 0.5), (0.5, "hellinger", 2)]
+)
 def test_alpha_family_holds_the_others(order, name, factor):
     logits, labels = ordinary()
     member, other = guidance_gradient(logits, labels, f"alpha:{order}"), guidance_gradient(logits, labels, name)
