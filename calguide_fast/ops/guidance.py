@@ -251,7 +251,7 @@ def _stats_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-@functools.partial(LIBRARY.impl, "guidance_gradient", dispatch_key="CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "guidance_gradient", "CompositeExplicitAutograd")
 def _impl(logits: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return backends.choose(logits).guidance_gradient(logits, labels, *settings, None)
 
