@@ -17,7 +17,9 @@ MIN_ROUNDS, MAX_ROUNDS = 15, 3000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--smoke", action="store_true", help="few shapes and rounds, no torch.compile: that it runs at all")
+    parser.addoption(
+        "--smoke", action="store_true", help="few shapes and rounds, no torch.compile: that it runs at all"
+    )
     parser.addoption("--threads", type=int, default=1, help="CPU threads of torch and of the kernels (default 1)")
 
 
@@ -82,7 +84,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"ours against each peer, interleaved medians, {rows[0][1]['threads']} thread(s)")
     width = max(len(group) for group, _ in rows)
     for group, info in rows:
-        floor = "" if info["floor"] is None else f"floor {info['floor']:g}{'' if info['ratio'] >= info['floor'] else '  MISSED'}"
+        floor = (
+            ""
+            if info["floor"] is None
+            else f"floor {info['floor']:g}{'' if info['ratio'] >= info['floor'] else '  MISSED'}"
+        )
         terminalreporter.write_line(
             f"{group:<{width}}  {info['peer']:<18} {info['peer_us']:>10.1f} µs  ours {info['ours_us']:>9.1f} µs  "
             f"ratio {info['ratio']:>6.1f}  {floor}".rstrip()

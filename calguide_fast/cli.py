@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="sample handwritten digits under every guidance method")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for pictures and results (%(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for pictures and results (%(default)s)"
+    )
     demo.add_argument("--full", action="store_true", help="more seeds and images, and a sweep of scales (much longer)")
     demo.set_defaults(run=_demo)
 

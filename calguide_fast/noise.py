@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calguide_fast.backends.philox import philox_integers
-
-LABEL_STREAM = 1
+from calguide_fast.backends.philox import LABEL_STREAM, philox_integers
 
 
 def as_seeds(seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
@@ -30,7 +28,9 @@ def as_seeds(seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
             raise TypeError(f"seeds has dtype {seeds.dtype}; it must be an integer type")
         numbers = seeds.tolist() if seeds.ndim else [int(seeds)]
     elif isinstance(seeds, int):
-        raise TypeError(f"seeds={seeds!r} must hold one seed for each image, for example range({seeds}, {seeds + count})")
+        raise TypeError(
+            f"seeds={seeds!r} must hold one seed for each image, for example range({seeds}, {seeds + count})"
+        )
     else:
         numbers = [int(seed) for seed in seeds]
     if len(numbers) != count:

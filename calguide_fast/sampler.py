@@ -265,7 +265,9 @@ class FDivSampler:
         if self.cfg_scale == 1.0:
             return self.model(x_t, t, y=labels, **self.model_kwargs)
         null = torch.full_like(labels, self.null_class)
-        both = self.model(x_t.repeat(2, *[1] * len(self.shape)), t.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs)
+        both = self.model(
+            x_t.repeat(2, *[1] * len(self.shape)), t.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs
+        )
         conditional, unconditional = both.chunk(2)
         channels = self.shape[0]
         eps = torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.cfg_scale)
@@ -345,7 +347,9 @@ def _image_shape(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:
     if shape is None:
         channels, size = getattr(model, "in_channels", None), getattr(model, "image_size", None)
         if channels is None or size is None:
-            raise ValueError("shape=(C, H, W) must be given: the model has no in_channels and image_size to read it off")
+            raise ValueError(
+                "shape=(C, H, W) must be given: the model has no in_channels and image_size to read it off"
+            )
         height, width = size if isinstance(size, Sequence) else (size, size)
         shape = (channels, height, width)
     if not all(isinstance(side, int) and side > 0 for side in shape) or len(shape) < 2:

@@ -118,6 +118,10 @@ def image_grid(pixels: Tensor, columns: int | None = None, zoom: int = 1) -> Ima
     rows = math.ceil(count / columns)
     tiles = pixels.new_full((rows * columns, height + 1, width + 1, channels), 255)
     tiles[:count, :height, :width] = pixels
-    grid = tiles.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * (height + 1), columns * (width + 1), channels)
+    grid = (
+        tiles.unflatten(0, (rows, columns))
+        .transpose(1, 2)
+        .reshape(rows * (height + 1), columns * (width + 1), channels)
+    )
     picture = Image.fromarray(grid[:-1, :-1].squeeze(-1).numpy())
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

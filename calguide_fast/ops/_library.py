@@ -27,6 +27,11 @@ def is_direct(*tensors: Tensor | None) -> bool:
         return False
     return all(
         tensor is None
-        or (type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_meta)
+        or (
+            type(tensor) in _PLAIN_TYPES
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+            and not tensor.is_meta
+        )
         for tensor in tensors
     )

@@ -60,9 +60,7 @@ def guidance_settings(
     """
     # the compiler traces through a cache, and warns of it
     check = _checked_settings if torch.compiler.is_compiling() else _cached_settings
-    return check(
-        divergence, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy
-    )
+    return check(divergence, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy)
 
 
 def _checked_settings(

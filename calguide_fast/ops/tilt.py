@@ -14,9 +14,7 @@ from calguide_fast.ops._library import LIBRARY, is_direct
 LIBRARY.define("tilt_weights(Tensor scores, float tilt, bool normalize_sum, float max_weight) -> Tensor")
 
 
-def tilt_weights(
-    scores: Tensor, tilt: float, normalize: str = "mean", max_weight: float | None = None
-) -> Tensor:
+def tilt_weights(scores: Tensor, tilt: float, normalize: str = "mean", max_weight: float | None = None) -> Tensor:
     """The weights that tilted sampling gives the images of a batch.
 
     The tilted objective (1/t) log((1/B) Σ_b exp(t s_b)) has the gradient Σ_b softmax_b(t s_b) ∇s_b; image b's guidance
