@@ -68,8 +68,11 @@ class GuidanceGradient:
     def __len__(self) -> int:
         return len(self._fields)
 
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(self._fields, self))
+
     def __repr__(self) -> str:
-        return f"GuidanceGradient({', '.join(f'{name}={value}' for name, value in zip(self._fields, self))})"
+        return f"GuidanceGradient({', '.join(f'{name}={value}' for name, value in self._asdict().items())})"
 
 
 # lets the result cross the boundary of a compiled or transformed function
