@@ -318,7 +318,8 @@ def test_alpha_zero_still_reports_the_divergence():
     logits[0, 0] = -300.0
     grad, stats = kernel(logits, labels, NEYMAN_CHI2, alpha=0.0)
     expected, _ = kernel(logits, labels, NONE)
-    assert torch.equal(grad, expected)
+    # the sums are taken in another order where a class without probability has infinite terms
+    assert torch.allclose(grad, expected, rtol=1e-6, atol=1e-7)
     assert stats[3, 0] == math.inf and stats[0].isfinite().all()
 
 
