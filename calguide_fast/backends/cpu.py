@@ -11,7 +11,6 @@ from torch import Tensor
 # torch first: the kernels then share its OpenMP runtime
 from calguide_fast import _cpu
 
-
 # codes of csrc/storage.h
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -66,7 +65,5 @@ def tilt_weights(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: f
         scores = scores.float()
     count = scores.shape[0]
     weights = torch.empty(count)
-    _cpu.tilt_weights(
-        scores.data_ptr(), scores.stride(0), count, tilt, normalize_sum, max_weight, weights.data_ptr()
-    )
+    _cpu.tilt_weights(scores.data_ptr(), scores.stride(0), count, tilt, normalize_sum, max_weight, weights.data_ptr())
     return weights

@@ -35,7 +35,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm, which lists an object's symbols, is not installed")
-@pytest.mark.skipif("baseline" == cpu._cpu.isas()[0], reason="only one instruction set here: nothing to mix up")
+@pytest.mark.skipif(cpu._cpu.isas()[0] == "baseline", reason="only one instruction set here: nothing to mix up")
 @pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.stem)
 def test_kernels_share_no_code_between_instruction_sets(build, source, tmp_path):
     isa = cpu._cpu.isas()[0]

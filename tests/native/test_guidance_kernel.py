@@ -36,7 +36,9 @@ def phi(t, code, a):
     return (t**a - a * t + a - 1) / (a * (a - 1))
 
 
-def restatement(logits, labels, code, order=0.0, alpha=1.0, epsilon=0.9, joint=1.0, marginal=0.5, weight=0.0, adaptive=False):
+def restatement(
+    logits, labels, code, order=0.0, alpha=1.0, epsilon=0.9, joint=1.0, marginal=0.5, weight=0.0, adaptive=False
+):
     """The score from its definition and its gradient by autograd, both in float64."""
     f = logits.double().detach().requires_grad_()
     classes = f.shape[1]
@@ -57,10 +59,20 @@ def restatement(logits, labels, code, order=0.0, alpha=1.0, epsilon=0.9, joint=1
     return grad, torch.stack([score, log_prob, entropy, divergence, label_log_prob]).detach()
 
 
-def kernel(logits, labels, code, order=0.0, alpha=1.0, epsilon=0.9, joint=1.0, marginal=0.5, weight=0.0, adaptive=False, out=None):
-    return cpu.guidance_gradient(
-        logits, labels, code, order, alpha, epsilon, joint, marginal, weight, adaptive, out
-    )
+def kernel(
+    logits,
+    labels,
+    code,
+    order=0.0,
+    alpha=1.0,
+    epsilon=0.9,
+    joint=1.0,
+    marginal=0.5,
+    weight=0.0,
+    adaptive=False,
+    out=None,
+):
+    return cpu.guidance_gradient(logits, labels, code, order, alpha, epsilon, joint, marginal, weight, adaptive, out)
 
 
 def error(actual, expected):
@@ -72,7 +84,7 @@ def error(actual, expected):
 
 
 def gradient_error(actual, expected, case):
-    """error(), but where phi is a power the gradient is a difference of terms as large as the row's largest gradient."""
+    """error(), but a power divergence's gradient is a difference of terms as large as the row's largest gradient."""
     if actual.numel() and case[0] in (CHI2, NEYMAN_CHI2, ALPHA):
         scale = expected.abs().amax(1, keepdim=True).clamp(min=1)
         return error(actual.double() / scale, expected / scale)
@@ -208,7 +220,9 @@ def test_masked_label(case):
     assert (grad[:, 5] == 1).all() and (grad[:, 8] == 0).all()
     # the finite classes: a uniform q, and no label to push toward
     none = torch.zeros(4, dtype=torch.long)
-    expected_grad, expected_stats = restatement(logits[:, kept], none, *case, epsilon=0.0, joint=0.0, marginal=0.5, weight=0.3)
+    expected_grad, expected_stats = restatement(
+        logits[:, kept], none, *case, epsilon=0.0, joint=0.0, marginal=0.5, weight=0.3
+    )
     assert gradient_error(grad[:, kept], expected_grad, case) < 5e-6
     assert error(stats[2:4], expected_stats[2:4]) < 5e-6
 
@@ -240,7 +254,9 @@ def test_dtypes(dtype, case):
     # one rounding to the storage type and what the kernel adds before it
     rounding = (grad.double() - expected_grad).abs() / expected_grad.abs().clamp(min=torch.finfo(dtype).smallest_normal)
     tolerance = 0.51 * torch.finfo(dtype).eps
-    largest = expected_grad.abs().amax(1, keepdim=True) if case[0] in (CHI2, NEYMAN_CHI2, ALPHA) else expected_grad.abs()
+    largest = expected_grad.abs()
+    if case[0] in (CHI2, NEYMAN_CHI2, ALPHA):
+        largest = largest.amax(1, keepdim=True)
     floor = (grad.double() - expected_grad).abs() < 5e-6 * largest.clamp(min=1)
     # a neyman_chi2 of float16 goes beyond 65504
     overflow = (expected_grad.abs() > torch.finfo(dtype).max) & (grad.double() == expected_grad.sign() * math.inf)

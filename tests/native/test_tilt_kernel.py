@@ -19,9 +19,9 @@ def weights(scores, tilt, normalize_sum=False, max_weight=math.inf):
 def test_is_a_softmax(tilt, count):
     scores = 5 * torch.randn(count, generator=torch.Generator().manual_seed(count))
     expected = torch.softmax(tilt * scores.double(), 0)
-    assert torch.allclose(weights(scores, tilt, normalize_sum=True).double(), expected, rtol=1e-6, atol=0)
+    assert torch.allclose(weights(scores, tilt, normalize_sum=True).double(), expected, rtol=1e-6, atol=1e-37)
     mean = weights(scores, tilt)
-    assert torch.allclose(mean.double(), count * expected, rtol=1e-6, atol=0)
+    assert torch.allclose(mean.double(), count * expected, rtol=1e-6, atol=1e-37)
     assert mean.double().mean() == pytest.approx(1.0, abs=1e-6)
 
 
