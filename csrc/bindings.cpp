@@ -4,6 +4,7 @@
 namespace calguide {
 
 void bind_isa(pybind11::module_& module);
+void bind_guidance(pybind11::module_& module);
 void bind_step(pybind11::module_& module);
 void bind_tilt(pybind11::module_& module);
 
@@ -12,6 +13,7 @@ void bind_tilt(pybind11::module_& module);
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of calguide_fast; tensors come as pointers, sizes and strides, checked by the caller.";
   calguide::bind_isa(module);
+  calguide::bind_guidance(module);
   calguide::bind_step(module);
   calguide::bind_tilt(module);
 }

@@ -1,6 +1,6 @@
 // Counter-based Gaussian noise: Philox4x32-10 words turned into normals, the same bits on every machine.
 //
-// One source for CPU and CUDA; calguide_fast/ops/philox.py restates it operation by operation in torch. The construction is
+// One source for CPU and CUDA; calguide_fast/backends/philox.py restates it operation by operation in torch. The construction is
 // frozen: a change of a constant, or of the order of two roundings, changes every picture ever drawn from a seed. That is why
 // the logarithm here is not the one of vector_math.h, which is free to improve.
 // Philox and its constants: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).

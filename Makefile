@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target that needs it makes. `make setup` after a change to csrc rebuilds.
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup demo train-demo test test-full bench bench-smoke lint clean
+
+setup: $(READY)
+
+$(READY): $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	echo "torch==$(TORCH_VERSION)" > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[demo,dev,bench]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/calguide-fast demo --out out/demo
+
+train-demo: setup
+	$(BIN)/calguide-fast train-demo
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+test-full: setup
+	$(BIN)/python -m pytest tests --full
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-smoke: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build out *.egg-info calguide_fast/*.so

@@ -1,0 +1,95 @@
+"""Interleaved timing: each row times one peer and ours in turn, so that their ratio holds on a noisy machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+Call = Callable[[], Any]
+
+SECONDS_PER_ROW, SMOKE_SECONDS_PER_ROW = 0.6, 0.02
+MIN_ROUNDS, MAX_ROUNDS = 15, 3000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--smoke", action="store_true", help="few shapes and rounds, no torch.compile: that it runs at all"
+    )
+    parser.addoption("--threads", type=int, default=1, help="CPU threads of torch and of the kernels (default 1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
+    config.addinivalue_line("markers", "smoke: part of the short run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--smoke"):
+        dropped = [item for item in items if item.get_closest_marker("smoke") is None]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item.get_closest_marker("smoke") is not None]
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``compare(group, peer_name, peer, ours, floor)`` times ``peer`` and ``ours`` in turn and keeps the ratio."""
+
+    def run(group: str, name: str, peer: Call, ours: Call, floor: float | None = None, size: int = 0) -> None:
+        seconds = SMOKE_SECONDS_PER_ROW if request.config.getoption("--smoke") else SECONDS_PER_ROW
+        rounds = int(seconds / (_seconds(peer) + _seconds(ours)))
+        our_times: list[float] = []
+
+        def one_call_of_ours() -> None:
+            start = time.perf_counter()
+            ours()
+            our_times.append(time.perf_counter() - start)
+
+        benchmark.group = group
+        benchmark.pedantic(peer, setup=one_call_of_ours, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
+        peer_time, our_time = benchmark.stats.stats.median, statistics.median(our_times)
+        benchmark.extra_info.update(
+            peer=name,
+            peer_us=peer_time * 1e6,
+            ours_us=our_time * 1e6,
+            ratio=peer_time / our_time,
+            floor=floor,
+            ns_per_element=our_time * 1e9 / size if size else None,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        )
+
+    return run
+
+
+def _seconds(call: Call) -> float:
+    """A rough time of one warm call."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+# after pytest-benchmark's own tables
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    rows = [(b.group, b.extra_info) for b in session.benchmarks if "ratio" in b.extra_info] if session else []
+    if not rows:
+        return
+    terminalreporter.section(f"ours against each peer, interleaved medians, {rows[0][1]['threads']} thread(s)")
+    width = max(len(group) for group, _ in rows)
+    for group, info in rows:
+        floor = (
+            ""
+            if info["floor"] is None
+            else f"floor {info['floor']:g}{'' if info['ratio'] >= info['floor'] else '  MISSED'}"
+        )
+        terminalreporter.write_line(
+            f"{group:<{width}}  {info['peer']:<18} {info['peer_us']:>10.1f} µs  ours {info['ours_us']:>9.1f} µs  "
+            f"ratio {info['ratio']:>6.1f}  {floor}".rstrip()
+        )

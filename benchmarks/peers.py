@@ -1,0 +1,119 @@
+"""What people would write instead of our ops, in PyTorch: the rows that the benchmarks compare with.
+
+Each peer computes the gradient and the scalars that make up the score, nothing that a user could leave out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ALPHA, EPSILON, TAU = 1.0, 0.9, 0.5
+Scored = tuple[Tensor, Tensor]
+
+
+def closed_form(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
+    """G and the score by the reduced formulas: q has two values, so its logarithms are two scalars."""
+    return {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "js": _js}[divergence]
+
+
+def _common(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    label = labels[:, None]
+    grad = -TAU * torch.softmax(TAU * logits, 1)
+    grad.scatter_add_(1, label, torch.ones_like(grad[:, :1]))
+    log_prob = logits.gather(1, label).squeeze(1) - torch.logsumexp(TAU * logits, 1)
+    return grad, log_prob, torch.log_softmax(logits, 1), label
+
+
+def _targets(num_classes: int) -> tuple[float, float]:
+    other = (1 - EPSILON) / num_classes
+    return other + EPSILON, other
+
+
+def _reverse_kl(logits: Tensor, labels: Tensor) -> Scored:
+    grad, log_prob, log_p, label = _common(logits, labels)
+    q_label, q_other = _targets(logits.shape[1])
+    d_grad = log_p.exp() - q_other
+    d_grad.scatter_add_(1, label, torch.full_like(d_grad[:, :1], q_other - q_label))
+    cross = q_other * log_p.sum(1) + (q_label - q_other) * log_p.gather(1, label).squeeze(1)
+    own = q_label * math.log(q_label) + (logits.shape[1] - 1) * q_other * math.log(q_other)
+    return grad - ALPHA * d_grad, log_prob - ALPHA * (own - cross)
+
+
+def _forward_kl(logits: Tensor, labels: Tensor) -> Scored:
+    grad, log_prob, log_p, label = _common(logits, labels)
+    q_label, q_other = map(math.log, _targets(logits.shape[1]))
+    p = log_p.exp()
+    log_ratio = log_p - q_other
+    log_ratio.scatter_add_(1, label, torch.full_like(p[:, :1], q_other - q_label))
+    divergence = (p * log_ratio).sum(1)
+    return grad - ALPHA * p * (log_ratio - divergence[:, None]), log_prob - ALPHA * divergence
+
+
+def _js(logits: Tensor, labels: Tensor) -> Scored:
+    grad, log_prob, log_p, label = _common(logits, labels)
+    q_label, q_other = _targets(logits.shape[1])
+    p = log_p.exp()
+    total = p + q_other
+    total.scatter_add_(1, label, torch.full_like(p[:, :1], q_label - q_other))
+    log_total = total.log()
+    w = 0.5 * p * (log_p - log_total + math.log(2))
+    w_sum = w.sum(1)
+    q_log_total = q_other * log_total.sum(1) + (q_label - q_other) * log_total.gather(1, label).squeeze(1)
+    own = q_label * math.log(2 * q_label) + (logits.shape[1] - 1) * q_other * math.log(2 * q_other)
+    return grad - ALPHA * (w - p * w_sum[:, None]), log_prob - ALPHA * (w_sum + 0.5 * (own - q_log_total))
+
+
+def autograd(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
+    """G by differentiating the score as one would first write it down."""
+
+    def score(logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = torch.log_softmax(logits, 1)
+        q = torch.full_like(logits, (1 - EPSILON) / logits.shape[1])
+        q.scatter_add_(1, labels[:, None], torch.full_like(q[:, :1], EPSILON))
+        p, log_q = log_p.exp(), q.log()
+        if divergence == "reverse_kl":
+            d = (q * (log_q - log_p)).sum(1)
+        elif divergence == "forward_kl":
+            d = (p * (log_p - log_q)).sum(1)
+        else:
+            log_m = ((p + q) / 2).log()
+            d = 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(1)
+        log_prob = logits.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(TAU * logits, 1)
+        return log_prob - ALPHA * d
+
+    def run(logits: Tensor, labels: Tensor) -> Scored:
+        logits = logits.detach().requires_grad_()
+        s = score(logits, labels)
+        (grad,) = torch.autograd.grad(s.sum(), logits)
+        return grad, s.detach()
+
+    return run
+
+
+def ddpm_step(row: list[float], scale: float) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The guided DDPM step with learned variance, coefficients baked in as Python floats."""
+    c = row
+
+    def step(x_t: Tensor, model_output: Tensor, gradient: Tensor, noise: Tensor) -> Tensor:
+        eps, v = model_output.chunk(2, 1)
+        x0 = (c[0] * x_t - c[1] * eps).clamp(-1, 1)
+        frac = (v + 1) / 2
+        log_variance = frac * c[4] + (1 - frac) * c[5]
+        mean = c[2] * x0 + c[3] * x_t + log_variance.exp() * (scale * gradient)
+        return mean + (0.5 * log_variance).exp() * noise
+
+    return step
+
+
+def ddpm_step_drawing(row: list[float], scale: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same with the noise drawn in it."""
+    step = ddpm_step(row, scale)
+
+    def run(x_t: Tensor, model_output: Tensor, gradient: Tensor) -> Tensor:
+        return step(x_t, model_output, gradient, torch.randn_like(x_t))
+
+    return run

@@ -1,0 +1,25 @@
+"""Fused kernels for classifier guidance of diffusion models: calibrated, regularised, f-divergence guided."""
+
+from calguide_fast.backends import backend_report, use_backend
+from calguide_fast.guidance import Guidance
+from calguide_fast.ops.guidance import GuidanceGradient, guidance_gradient, guidance_score
+from calguide_fast.ops.step import guided_step, predict_x0
+from calguide_fast.ops.tilt import tilt_weights
+from calguide_fast.sampler import FDivSampler
+from calguide_fast.samples import Samples
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FDivSampler",
+    "Guidance",
+    "GuidanceGradient",
+    "Samples",
+    "backend_report",
+    "guidance_gradient",
+    "guidance_score",
+    "guided_step",
+    "predict_x0",
+    "tilt_weights",
+    "use_backend",
+]

@@ -1,0 +1,179 @@
+"""Which code computes an op: choice by device and dtype, the override, and the report of what is there.
+
+A backend is a module with the functions of ``reference``. It is imported when first asked for; one that cannot be
+loaded is remembered with its reason, which ``backend_report`` shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Spec(NamedTuple):
+    devices: frozenset[str] | None  # None: any
+    dtypes: frozenset[torch.dtype] | None
+    preferred_on: frozenset[str]
+
+
+# int64: the seeds of sampling_noise
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
+
+# in order of preference; later kernels join here
+_SPECS = {
+    "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"})),
+    "reference": _Spec(None, None, frozenset()),
+}
+
+_loaded: dict[str, ModuleType] = {}
+_failures: dict[str, str] = {}
+_defaults: dict[tuple[torch.dtype, str], ModuleType] = {}
+_override: str | None = None
+
+
+def choose(tensor: Tensor) -> ModuleType:
+    """The backend module that serves ``tensor``'s device and dtype, or the one that an override names.
+
+    Raises:
+        ValueError: the overriding backend does not serve this device or dtype.
+        RuntimeError: the overriding backend cannot be loaded.
+    """
+    if _override is not None:
+        return _overriding(tensor)
+    key = (tensor.dtype, tensor.device.type)
+    backend = _defaults.get(key)
+    return backend if backend is not None else _default(*key)
+
+
+def _default(dtype: torch.dtype, device: str) -> ModuleType:
+    for name, spec in _SPECS.items():
+        if device in spec.preferred_on and _serves(spec, dtype, device):
+            backend = _load(name)
+            if backend is not None:
+                break
+            warnings.warn(
+                f"calguide_fast: the {name!r} backend is not available ({_failures[name]}); "
+                "using the slow 'reference' backend",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    else:
+        backend = _require("reference")
+    _defaults[dtype, device] = backend
+    return backend
+
+
+def _overriding(tensor: Tensor) -> ModuleType:
+    assert _override is not None
+    if not _serves(_SPECS[_override], tensor.dtype, tensor.device.type):
+        raise ValueError(
+            f"backend {_override!r}, chosen by use_backend or CALGUIDE_BACKEND, does not serve "
+            f"{tensor.dtype} tensors on {tensor.device.type!r}"
+        )
+    return _require(_override)
+
+
+def _serves(spec: _Spec, dtype: torch.dtype, device: str) -> bool:
+    return (spec.devices is None or device in spec.devices) and (spec.dtypes is None or dtype in spec.dtypes)
+
+
+def _load(name: str) -> ModuleType | None:
+    if name not in _loaded and name not in _failures:
+        # whatever stops a backend from loading (not built, wrong platform) is kept and told on demand
+        try:
+            _loaded[name] = importlib.import_module(f"calguide_fast.backends.{name}")
+        except ImportError as error:
+            _failures[name] = str(error)
+    return _loaded.get(name)
+
+
+def _require(name: str) -> ModuleType:
+    backend = _load(name)
+    if backend is None:
+        raise RuntimeError(f"backend {name!r} cannot be loaded: {_failures[name]}")
+    return backend
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in _SPECS:
+        raise ValueError(f"{source}={name!r} is not a backend; choose one of {', '.join(map(repr, _SPECS))}")
+    return name
+
+
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """Compute with the named backend, until the ``with`` block ends or for good when called as a plain function.
+
+    Args:
+        name: ``"cpu"``, ``"reference"``, or None for the choice by device.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the backend cannot be loaded; the message says why.
+    """
+    global _override
+    if name is not None:
+        _require(_check_name(name, "name"))
+    previous, _override = _override, name
+    return _restoring(previous)
+
+
+@contextmanager
+def _restoring(previous: str | None) -> Iterator[None]:
+    global _override
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+class BackendStatus(NamedTuple):
+    """One backend's state: ``loaded``, the devices it is the default on, and ``detail`` (ISA, or why it failed)."""
+
+    name: str
+    loaded: bool
+    default_on: tuple[str, ...]
+    detail: str
+
+
+class BackendReport(tuple[BackendStatus, ...]):
+    """The status of every backend; ``str()`` gives a table to read."""
+
+    def __str__(self) -> str:
+        lines = [f"calguide_fast backends (Python {sys.version.split()[0]}, torch {torch.__version__})"]
+        for status in self:
+            state = "loaded" if status.loaded else "not available"
+            default = f"default on {', '.join(status.default_on)}" if status.default_on else ""
+            lines.append(f"  {status.name:<10} {state:<14} {default:<15} {status.detail}".rstrip())
+        if _override is not None:
+            lines.append(f"  every op uses {_override!r}: chosen by use_backend or CALGUIDE_BACKEND")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def backend_report() -> BackendReport:
+    """Load every backend and say which are there, which is chosen where, and why any could not be loaded."""
+    statuses = []
+    taken: set[str] = set()
+    for name, spec in _SPECS.items():
+        backend = _load(name)
+        default_on: tuple[str, ...] = ()
+        if backend is not None:
+            default_on = tuple(sorted(spec.preferred_on - taken)) if name != "reference" else ()
+            taken |= spec.preferred_on
+        detail = _failures[name] if backend is None else getattr(backend, "describe", lambda: "plain PyTorch")()
+        statuses.append(BackendStatus(name, backend is not None, default_on, detail))
+    return BackendReport(statuses)
+
+
+if os.environ.get("CALGUIDE_BACKEND"):
+    use_backend(_check_name(os.environ["CALGUIDE_BACKEND"], "CALGUIDE_BACKEND"))

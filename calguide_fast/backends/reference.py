@@ -1,0 +1,215 @@
+"""Every op in plain PyTorch: the ground truth that the kernels are tested against, and the fallback for any device and dtype.
+
+Written to be read beside the formulas, not to be fast. Inputs are upcast (float64 stays float64, everything else is
+computed in float32), and results are cast back. Signatures are those that every backend offers; arguments have been
+checked by ``calguide_fast.ops``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from calguide_fast.backends.labels import check_labels
+from calguide_fast.backends.philox import philox_normal
+
+__all__ = ["guidance_gradient", "guided_step", "philox_normal", "predict_x0", "tilt_weights"]
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def guidance_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    divergence: int,
+    order: float,
+    alpha: float,
+    epsilon: float,
+    joint_temperature: float,
+    marginal_temperature: float,
+    entropy_weight: float,
+    adaptive_entropy: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_labels(labels, logits.shape[1])
+    f = _upcast(logits)  # [B, C]
+    y = labels[:, None]
+    masked = f == -math.inf
+    label_masked = masked.gather(1, y)
+    onehot = torch.zeros_like(f).scatter_(1, y, 1.0)
+
+    # a masked class is as good as absent: the target is spread over the others, and counts them only
+    num_classes = (~masked).sum(1, keepdim=True)
+    label_weight = epsilon * (~label_masked).to(f.dtype)
+    q = ((1 - label_weight) / num_classes + label_weight * onehot).masked_fill(masked, 0.0)
+
+    log_p = torch.log_softmax(f, 1)
+    p = log_p.exp()
+    tempered = (marginal_temperature * f).masked_fill(masked, -math.inf)
+    p2 = torch.softmax(tempered, 1)
+    f_y = f.gather(1, y)
+    log_prob = joint_temperature * f_y - torch.logsumexp(tempered, 1, keepdim=True)
+    # set, not computed: at a zero temperature it would be 0 times infinity
+    log_prob = log_prob.masked_fill(label_masked, -math.inf)
+
+    # p log p with p = 0 is 0, also where log p is -inf
+    log_p = log_p.masked_fill(masked, 0.0)
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    weight = entropy_weight
+    if adaptive_entropy:
+        log_c = num_classes.to(f.dtype).log()
+        weight = entropy_weight * (1 - torch.where(num_classes > 1, entropy / log_c, 0 * entropy))
+
+    grad = joint_temperature * onehot - marginal_temperature * p2 - weight * p * (log_p + entropy)
+    score = log_prob + weight * entropy
+    w, terms = _DIVERGENCES[divergence](p, log_p, q, order)
+    d = terms.masked_fill(masked, 0.0).sum(1, keepdim=True)
+    if alpha != 0.0:
+        w = w.masked_fill(masked, 0.0)
+        # an infinite w (Neyman, alpha < 0) stays infinite: its own term outweighs p times the sum
+        grad = grad - alpha * torch.where(w.isinf(), w, w - torch.where(p > 0, p * w.sum(1, keepdim=True), 0 * p))
+        score = score - alpha * d
+    label_log_prob = log_p.gather(1, y).masked_fill(label_masked, -math.inf)
+    # a NaN or infinite logit spoils the whole row, whichever terms are switched on
+    spoilt = torch.where(entropy.isfinite(), 0.0, math.nan)
+    grad = (grad + spoilt).to(logits.dtype)
+    stats = torch.stack([(column + spoilt).squeeze(1) for column in (score, log_prob, entropy, d, label_log_prob)])
+    return (grad if out is None else out.copy_(grad)), stats
+
+
+# Each function returns w_i = p_i phi'(p_i / q_i) and the terms q_i phi(p_i / q_i) of D, up to parts whose sum is 0.
+
+
+def _none(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(p), torch.zeros_like(p)
+
+
+def _reverse_kl(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    return -q, torch.xlogy(q, q) - q * log_p
+
+
+def _forward_kl(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    log_ratio = log_p - q.log()
+    return p * (log_ratio + 1), p * log_ratio
+
+
+def _js(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    m = (p + q) / 2
+    # both vanish together only where their product with the log is 0 as well
+    log_m = torch.where(m > 0, m, 1.0).log()
+    w = p * (log_p - log_m) / 2
+    return w, w + (torch.xlogy(q, q) - q * log_m) / 2
+
+
+def _jeffreys(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    log_ratio = log_p - q.log()
+    return p * (log_ratio + 1) - q, (p - q) * log_ratio
+
+
+def _hellinger(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    return p - (p * q).sqrt(), (p.sqrt() - q.sqrt()) ** 2
+
+
+def _chi2(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    return 2 * p * (p - q) / q, (p - q) ** 2 / q
+
+
+def _neyman_chi2(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    # q^2 / p in logs, so that it is right where p underflows
+    q2_over_p = (2 * q.log() - log_p).exp()
+    return p - q2_over_p, torch.where(p > q, (p - q) ** 2 / p, q2_over_p - 2 * q + p)
+
+
+def _alpha(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    # p^a q^(1-a), in logs
+    blend = (order * log_p + (1 - order) * q.log()).exp()
+    return (blend - p) / (order - 1), (blend - order * p + (order - 1) * q) / (order * (order - 1))
+
+
+_DIVERGENCES = (_none, _reverse_kl, _forward_kl, _js, _jeffreys, _hellinger, _chi2, _neyman_chi2, _alpha)
+
+
+def tilt_weights(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
+    weights = torch.softmax(tilt * _upcast(scores), 0)
+    if not normalize_sum:
+        weights = weights * scores.shape[0]
+    return weights.clamp(max=max_weight)
+
+
+def predict_x0(x_t: Tensor, model_output: Tensor, coefficients: Tensor, clip: bool, out: Tensor) -> Tensor:
+    c = coefficients
+    eps = model_output[:, : x_t.shape[1]].float()
+    x0 = c[0] * x_t - c[1] * eps
+    return out.copy_(x0.clamp(-1, 1) if clip else x0)
+
+
+def guided_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    gradient: Tensor | None,
+    weights: Tensor | None,
+    scores: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    variance_max: Tensor | None,
+    method: int,
+    learned_variance: bool,
+    scale: float,
+    tilt: float,
+    max_weight: float,
+    normalize_sum: bool,
+    sine_boost: float,
+    clip: bool,
+    out: Tensor,
+) -> Tensor:
+    c = coefficients
+    channels = x_t.shape[1]
+    per_image = (-1,) + (1,) * (x_t.ndim - 1)
+    eps = model_output[:, :channels].float()
+    x0 = predict_x0(x_t, model_output, c, clip, torch.empty_like(x_t))
+
+    push = None
+    if gradient is not None:
+        push = scale * gradient.float()
+        if weights is not None:
+            push = push * weights.view(per_image)
+        if scores is not None:
+            push = push * tilt_weights(scores, tilt, normalize_sum, max_weight).view(per_image)
+
+    z = noise
+    if seeds is not None:
+        z = philox_normal(seeds, x_t.shape[1:], int(c[14]), 0)
+
+    if method == DDPM:
+        if learned_variance:
+            frac = (model_output[:, channels:].float() + 1) / 2
+            sd = (0.5 * (frac * c[4] + (1 - frac) * c[5])).exp()
+            variance = sd * sd
+        else:
+            sd, variance = c[7], c[6].expand_as(x_t)
+        mean = c[2] * x0 + c[3] * x_t
+        if variance_max is not None:
+            torch.maximum(variance_max, variance.flatten(1)[:, 0], out=variance_max)
+        if push is not None:
+            boost = 0.0 if variance_max is None else sine_boost * c[12] * variance_max.view(per_image)
+            mean = mean + (variance + boost) * push
+        x_prev = mean if z is None else mean + c[13] * sd * z
+    else:
+        if push is None:
+            eps = (c[0] * x_t - x0) / c[1]
+        else:
+            eps = (c[0] * x_t - x0) / c[1] - c[11] * push
+            x0 = c[0] * x_t - c[1] * eps
+        x_prev = c[8] * x0 + c[9] * eps
+        if z is not None:
+            x_prev = x_prev + c[13] * c[10] * z
+    return out.copy_(x_prev)
+
+
+DDPM = 0
+DDIM = 1

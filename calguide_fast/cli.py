@@ -1,0 +1,59 @@
+"""The command line: ``calguide-fast doctor | demo | train-demo``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import calguide_fast
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = _parser().parse_args(arguments)
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="calguide-fast", description="Fused kernels for classifier guidance of diffusion models."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {calguide_fast.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="say which backends are built, loaded and chosen, and why not")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="sample handwritten digits under every guidance method")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for pictures and results (%(default)s)"
+    )
+    demo.add_argument("--full", action="store_true", help="more seeds and images, and a sweep of scales (much longer)")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train-demo", help="train the demo's networks anew")
+    train.add_argument("--out", type=Path, default=None, help="folder for the checkpoints (the package's own assets)")
+    train.set_defaults(run=_train_demo)
+    return parser
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    report = calguide_fast.backend_report()
+    print(report)
+    # only the kernels of this machine's devices matter to its user
+    return 0 if any(status.default_on for status in report) else 1
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from calguide_fast.demo.run import run_demo
+
+    run_demo(options.out, full=options.full)
+    return 0
+
+
+def _train_demo(options: argparse.Namespace) -> int:
+    from calguide_fast.demo.train import train_demo
+
+    train_demo(options.out)
+    return 0

@@ -1,0 +1,22 @@
+"""Networks in plain PyTorch: ADM UNets and classifiers, ResNets, their presets, and loading of their weights."""
+
+from .checkpoint import load_checkpoint
+from .presets import PRESETS, Preset, adm_classifier, adm_unet
+from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from .unet import EncoderUNet, UNet
+
+__all__ = [
+    "PRESETS",
+    "EncoderUNet",
+    "Preset",
+    "ResNet",
+    "UNet",
+    "adm_classifier",
+    "adm_unet",
+    "load_checkpoint",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+]

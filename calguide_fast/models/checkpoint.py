@@ -1,0 +1,112 @@
+"""Loading weights from a file, without running code that the file brings along."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "model")
+PARALLEL_PREFIX = "module."
+SHOWN = 5
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_checkpoint(module: Module, path: str | os.PathLike[str], strict: bool = True) -> Module:
+    """Load the weights in `path` into `module`, in place, and return it.
+
+    The file is a safetensors file (`.safetensors`) or anything else that `torch.load(weights_only=True)` reads. Weights
+    under a "state_dict" or "model" entry, or with a "module." prefix, are found; they are cast to the dtypes of the
+    module, and go to its device. A module built on the meta device gets the file's tensors themselves, on the CPU.
+
+    Args:
+        module: the network.
+        path: the file.
+        strict: whether the file's keys must be exactly the module's. Shapes must agree either way.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, holds no state dict, needs code to be run, or does not fit the module; the
+            message names some of the keys and shapes that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    own = module.state_dict()
+    state = _state_dict(_read(path), path)
+    for key, value in own.items():
+        # a counter of training steps, absent from files older than it; inference never reads it
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, torch.zeros((), dtype=value.dtype) if value.is_meta else value)
+
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shared = [key for key in own if key in state]
+    misshapen = [key for key in shared if state[key].shape != own[key].shape]
+    to_meta = any(value.is_meta for value in own.values())
+    if misshapen or (strict and (missing or unexpected)) or (to_meta and missing):
+        problems = [
+            _some("missing", [f"{key} {tuple(own[key].shape)}" for key in missing]),
+            _some("unexpected", [f"{key} {tuple(state[key].shape)}" for key in unexpected]),
+            _some(
+                "of another shape",
+                [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in misshapen],
+            ),
+        ]
+        raise ValueError(f"{path} does not fit {type(module).__name__}: " + "; ".join(filter(None, problems)))
+
+    weights = {key: state[key].to(own[key].dtype) for key in shared}
+    module.load_state_dict(weights, strict=strict, assign=to_meta)
+    return module
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    # opened first, so that a file one may not read is not taken for a damaged one
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} was refused: it is damaged, or reading it would run code that it brings along. If you trust "
+                "it, save its state_dict() alone, with torch.save or as safetensors, and load that file"
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    named_tensors = isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
+    if not named_tensors or not content:
+        raise ValueError(
+            f"{path} holds no state dict: expected names and tensors, at the top or under "
+            + " or ".join(repr(wrapper) for wrapper in WRAPPERS)
+        )
+    if all(key.startswith(PARALLEL_PREFIX) for key in content):
+        return {key.removeprefix(PARALLEL_PREFIX): value for key, value in content.items()}
+    return dict(content)
+
+
+def _some(what: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return f"{len(items)} {what}: {', '.join(items[:SHOWN])}{more}"

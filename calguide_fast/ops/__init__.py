@@ -1,0 +1,1 @@
+"""The ops: what is computed, with its schema, checks, fake and gradient. How is the business of ``backends``."""

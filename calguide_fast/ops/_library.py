@@ -1,0 +1,37 @@
+"""The torch.library namespace that the ops are defined in, and the gate to the direct path past it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("calguide_fast", "DEF")
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._is_tracing
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher has nothing to add, so that an op may call its backend at once (about 2 µs cheaper).
+
+    True for ordinary strided tensors when nothing watches: no compiler or tracer, no dispatch or function mode, no
+    functorch transform, no forward-mode level, no lazy negation.
+    """
+    if torch.compiler.is_compiling() or _tracing() or _dispatch_modes() or _function_modes():
+        return False
+    if _functorch_level() is not None or forward_ad._current_level >= 0:
+        return False
+    return all(
+        tensor is None
+        or (
+            type(tensor) in _PLAIN_TYPES
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+            and not tensor.is_meta
+        )
+        for tensor in tensors
+    )

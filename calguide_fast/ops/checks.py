@@ -1,0 +1,52 @@
+"""Argument checks that several ops share. Every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calguide_fast.backends.labels import check_labels as check_labels
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a finite float in [low, high].
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not finite, or outside the range.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    result = float(value)
+    if not math.isfinite(result) or not low <= result <= high:
+        if low == -math.inf and high == math.inf:
+            allowed = "finite"
+        elif high == math.inf:
+            allowed = f"finite and at least {low:g}"
+        else:
+            allowed = f"between {low:g} and {high:g}"
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+    return result
+
+
+def floating(name: str, tensor: Any) -> None:
+    """Raise TypeError unless ``tensor`` is a tensor of float32, bfloat16, float16 or float64."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; they must be together")
+
+
+def shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")

@@ -1,0 +1,67 @@
+"""tilt_weights: how strongly each image of a batch is guided under tilted sampling."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from calguide_fast import backends
+from calguide_fast.ops import checks
+from calguide_fast.ops._library import LIBRARY, is_direct
+
+LIBRARY.define("tilt_weights(Tensor scores, float tilt, bool normalize_sum, float max_weight) -> Tensor")
+
+
+def tilt_weights(scores: Tensor, tilt: float, normalize: str = "mean", max_weight: float | None = None) -> Tensor:
+    """The weights that tilted sampling gives the images of a batch.
+
+    The tilted objective (1/t) log((1/B) Σ_b exp(t s_b)) has the gradient Σ_b softmax_b(t s_b) ∇s_b; image b's guidance
+    is multiplied by w_b = B·softmax_b(t s_b), whose mean is 1, so that t → 0 is plain guidance. t < 0 favours images
+    the classifier is unsure of (diversity), t > 0 those it is sure of.
+
+    Args:
+        scores: (B,), usually log-probabilities in nats.
+        tilt: t, per nat.
+        normalize: ``"mean"`` (weights average 1) or ``"sum"`` (they sum to 1, the paper's literal weights).
+        max_weight: clip the weights here, without renormalising; None for no clip.
+
+    Returns:
+        (B,) weights, float32 (float64 for float64 scores).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or setting.
+
+    Source: arXiv 2511.05844, after Li et al., *Tilted Empirical Risk Minimization*, arXiv 2007.01162.
+    """
+    checks.floating("scores", scores)
+    if scores.ndim != 1:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (B,)")
+    arguments = tilt_settings(tilt, normalize, max_weight)
+    if is_direct(scores):
+        return _impl(scores, *arguments)
+    return torch.ops.calguide_fast.tilt_weights(scores, *arguments)
+
+
+def tilt_settings(tilt: float, normalize: str, max_weight: float | None) -> tuple[float, bool, float]:
+    """Check the settings and bring them into the order of the op's schema."""
+    tilt = checks.number("tilt", tilt)
+    if normalize not in ("mean", "sum"):
+        raise ValueError(f"normalize={normalize!r} must be 'mean' or 'sum'")
+    limit = math.inf if max_weight is None else checks.number("max_weight", max_weight, low=0.0)
+    return tilt, normalize == "sum", limit
+
+
+@functools.partial(LIBRARY.impl, "tilt_weights", dispatch_key="CompositeExplicitAutograd")
+def _impl(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()
+    return backends.choose(scores).tilt_weights(scores, tilt, normalize_sum, max_weight)
+
+
+@torch.library.register_fake("calguide_fast::tilt_weights", lib=LIBRARY)
+def _fake(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.new_empty(scores.shape, dtype=dtype)

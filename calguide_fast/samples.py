@@ -1,0 +1,127 @@
+"""Samples: what a sampler returns, and how it is saved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from calguide_fast.guidance import ImageGradient
+from calguide_fast.schedule import Timeline
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What guidance did at each of K steps, in order of use, to each of N images; NaN where it was off.
+
+    Attributes:
+        timesteps: (K,) int64, the original timesteps, falling.
+        sigmas: (K,) noise levels before each step.
+        gradient_norm: (K, N) L2 norm of the image gradient, before scale and tilt.
+        entropy: (K, N) of the classifier's softmax at temperature 1, nats.
+        label_log_prob: (K, N) log softmax(f)_y at temperature 1.
+        tilt_weight: (K, N) the tilt's weights; 1 without tilt.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+    gradient_norm: Tensor
+    entropy: Tensor
+    label_log_prob: Tensor
+    tilt_weight: Tensor
+
+    @classmethod
+    def empty(cls, timeline: Timeline, count: int, device: torch.device) -> Diagnostics:
+        tables = [torch.full((len(timeline), count), math.nan, device=device) for _ in range(4)]
+        return cls(torch.tensor(timeline.timesteps[::-1].copy()), torch.tensor(timeline.sigmas[::-1].copy()), *tables)
+
+    def write(self, index: int, images: slice, found: ImageGradient, tilt_weight: Tensor | None) -> None:
+        """Record one step of the given images, without waiting for the device."""
+        self.gradient_norm[index, images] = torch.linalg.vector_norm(found.gradient.flatten(1).float(), dim=1)
+        if found.stats is not None:
+            self.entropy[index, images] = found.stats.entropy
+            self.label_log_prob[index, images] = found.stats.label_log_prob
+        self.tilt_weight[index, images] = 1.0 if tilt_weight is None else tilt_weight
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N generated images.
+
+    Attributes:
+        images: (N, C, *spatial) float32, nominally in [−1, 1], on the sampler's device.
+        labels: (N,) int64 on the CPU.
+        seeds: (N,) int64 on the CPU, bit patterns of unsigned 64-bit seeds.
+        batch_size: images that were sampled, and tilted, together: consecutive groups of this many.
+        diagnostics: what guidance did, if it was recorded.
+    """
+
+    images: Tensor
+    labels: Tensor
+    seeds: Tensor
+    batch_size: int
+    diagnostics: Diagnostics | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to_uint8(self) -> Tensor:
+        """(N, H, W, C) uint8 on the CPU: ((x + 1)·127.5), clipped to 0..255 and truncated, as OpenAI's samplers do."""
+        pixels = ((self.images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        return pixels.movedim(1, -1).contiguous().cpu()
+
+    def save_npz(self, path: str | Path) -> Path:
+        """Write what OpenAI's evaluator reads: ``arr_0`` the uint8 images, ``arr_1`` the labels; and ``seeds``, ``batch_size``.
+
+        Args:
+            path: a file, or an existing folder, in which the file is named ``samples_NxHxWxC.npz``.
+
+        Returns:
+            The file written.
+        """
+        pixels = self.to_uint8().numpy()
+        path = Path(path)
+        if path.is_dir():
+            path = path / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
+        # an open file, because numpy would add a suffix to a name
+        with path.open("wb") as file:
+            np.savez(file, pixels, self.labels.numpy(), seeds=self.seeds.numpy(), batch_size=self.batch_size)
+        return path
+
+    def save_grid(self, path: str | Path, columns: int | None = None, zoom: int = 1) -> Path:
+        """Write the images as one picture, row by row.
+
+        Args:
+            path: of the picture; the suffix chooses the format.
+            columns: images in a row; about the square root of N if None.
+            zoom: pixels in the picture for one of the image.
+
+        Raises:
+            ValueError: the images are not 2-D with 1 or 3 channels, or there are none.
+        """
+        path = Path(path)
+        image_grid(self.to_uint8(), columns, zoom).save(path)
+        return path
+
+
+def image_grid(pixels: Tensor, columns: int | None = None, zoom: int = 1) -> Image.Image:
+    """One picture of (N, H, W, 1 or 3) uint8 images, row by row, with a thin gap between them."""
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or len(pixels) == 0:
+        raise ValueError(f"a grid needs images of shape (N >= 1, H, W, 1 or 3), got {tuple(pixels.shape)}")
+    count, height, width, channels = pixels.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    tiles = pixels.new_full((rows * columns, height + 1, width + 1, channels), 255)
+    tiles[:count, :height, :width] = pixels
+    grid = (
+        tiles.unflatten(0, (rows, columns))
+        .transpose(1, 2)
+        .reshape(rows * (height + 1), columns * (width + 1), channels)
+    )
+    picture = Image.fromarray(grid[:-1, :-1].squeeze(-1).numpy())
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

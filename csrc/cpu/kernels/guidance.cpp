@@ -1,0 +1,561 @@
+// Logits to guidance gradient and score, one row at a time, each logit read once and each gradient written once.
+//
+// A row is copied to a buffer with its label moved out, so that sums over the other classes are exact when the label has
+// almost all of the probability. Then: exponentials and their sums; for the divergences outside the Kullback-Leibler
+// family one pass of class terms; and the gradient
+//   G_i = e_i (b0 + b1 d_i) + a2 e2_i + c0 - alpha w_i,   d = f - max f, e = exp(d), e2 = exp(marginal temperature * d).
+#include "cpu/guidance.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "fdiv_math.h"
+#include "storage.h"
+
+namespace calguide {
+namespace CALGUIDE_ISA {
+namespace {
+
+// a buffer is padded to whole vectors of the widest instruction set
+constexpr int64_t lanes = 16;
+// partial sums in float add 64 terms a lane, their total is in double
+#if defined(__AVX512F__)
+constexpr int64_t block_length = 64 * 16;
+#elif defined(__AVX__)
+constexpr int64_t block_length = 64 * 8;
+#else
+constexpr int64_t block_length = 64 * 4;
+#endif
+// a padding logit: its exponential is 0 at any temperature, and it stays finite less any logit the fast path admits
+constexpr float padding = -1e38f;
+constexpr float largest_fast_logit = 1e37f;
+// rows up to this long use buffers on the stack
+constexpr int64_t stack_classes = 2048;
+// below this many elements a thread costs more than it saves
+constexpr int64_t elements_per_thread = 32768;
+
+// how e2 is had from e: the same (temperature 1, or 0 where it has no weight), e = e2^2 (temperature 1/2), its own exp
+enum Marginal { marginal_same, marginal_half, marginal_general };
+
+struct Settings {
+  const GuidanceArguments* arguments;
+  Marginal marginal;
+  float temperature;  // the marginal one
+  double order;
+  double alpha;
+};
+
+// q over n classes
+struct Prior {
+  int64_t n;
+  double label_q, log_label_q;
+  double other_q, log_other_q;
+  double log_n;
+  ClassWeight label, other;
+};
+
+Prior make_prior(const Settings& settings, int64_t n, bool has_label) {
+  Prior prior;
+  prior.n = n;
+  const double epsilon = has_label ? settings.arguments->epsilon : 0.0;
+  prior.other_q = n > 1 ? (1.0 - epsilon) / n : 1.0;
+  prior.label_q = n > 1 ? prior.other_q + epsilon : 1.0;
+  prior.log_other_q = prior.other_q > 0.0 ? log(prior.other_q) : static_cast<double>(log_zero);
+  prior.log_label_q = log(prior.label_q);
+  prior.log_n = log(static_cast<double>(n));
+  prior.label = class_weight(prior.label_q, prior.log_label_q, sqrt(prior.label_q), settings.order);
+  prior.other = class_weight(prior.other_q, prior.log_other_q, sqrt(prior.other_q), settings.order);
+  return prior;
+}
+
+// `count` classes other than the label, padded to whole vectors; the label apart
+struct Row {
+  float* x;
+  float* e;   // e, or e2 where e = e2^2
+  float* e2;  // for a general marginal temperature
+  float* w;   // class terms
+  int64_t count;
+  float max;          // over all classes, in the units of x
+  bool has_label;     // false: the label is masked
+  double label_d;     // label logit less the maximum
+  double label_logit;
+};
+
+// the gradient as a linear form of what the buffers hold, and the label's own
+struct Gradient {
+  float b0, b1, a2, c0, alpha;
+  bool has_w;
+  double label;
+  // where the divergence overflows: the w_i are infinite, or their sum is
+  bool overflows;
+  double w_total;
+  float inverse_s;
+  // a class other than the label that has most of the probability, and its gradient; -1: none
+  int64_t peak;
+  double at_peak;
+};
+
+struct ExpSums {
+  double s, s2, ed, d;
+};
+
+template <Marginal M, bool SumD>
+ExpSums exp_pass(const Row& row, int64_t count, float temperature) {
+  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
+  float* e = static_cast<float*>(__builtin_assume_aligned(row.e, 64));
+  float* e2 = static_cast<float*>(__builtin_assume_aligned(row.e2, 64));
+  const float max = row.max;
+  ExpSums total = {};
+  for (int64_t begin = 0; begin < count; begin += block_length) {
+    const int64_t end = begin + block_length < count ? begin + block_length : count;
+    float s = 0.0f, s2 = 0.0f, ed = 0.0f, sum_d = 0.0f;
+#pragma omp simd reduction(+ : s, s2, ed, sum_d)
+    for (int64_t i = begin; i < end; ++i) {
+      const float d = x[i] - max;
+      float exponential;
+      if constexpr (M == marginal_half) {
+        const float half = exp_below_88(0.5f * d);
+        exponential = half * half;
+        e[i] = half;
+        s2 += half;
+      } else {
+        exponential = exp_below_88(d);
+        e[i] = exponential;
+        if constexpr (M == marginal_general) {
+          const float other = exp_below_88(temperature * d);
+          e2[i] = other;
+          s2 += other;
+        }
+      }
+      s += exponential;
+      ed += exponential * d;
+      if constexpr (SumD) sum_d += d > -1e37f ? d : 0.0f;
+    }
+    total.s += s;
+    total.s2 += s2;
+    total.ed += ed;
+    total.d += sum_d;
+  }
+  return total;
+}
+
+struct TermSums {
+  double w, value;
+};
+
+template <int D, bool Half>
+TermSums term_pass(const Row& row, int64_t count, float inverse_s, float log_s, const ClassWeight& other) {
+  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
+  const float* e = static_cast<const float*>(__builtin_assume_aligned(row.e, 64));
+  float* w = static_cast<float*>(__builtin_assume_aligned(row.w, 64));
+  const float max = row.max;
+  const ClassWeight of = other;
+  TermSums total = {};
+  for (int64_t begin = 0; begin < count; begin += block_length) {
+    const int64_t end = begin + block_length < count ? begin + block_length : count;
+    float sum_w = 0.0f, sum_value = 0.0f;
+#pragma omp simd reduction(+ : sum_w, sum_value)
+    for (int64_t i = begin; i < end; ++i) {
+      const float p = (Half ? e[i] * e[i] : e[i]) * inverse_s;
+      const ClassTerms terms = class_terms<D>(p, x[i] - max, log_s, of);
+      w[i] = terms.w;
+      sum_w += terms.w;
+      sum_value += terms.value;
+    }
+    total.w += sum_w;
+    total.value += sum_value;
+  }
+  return total;
+}
+
+template <Marginal M, bool HasW, class T>
+void gradient_pass(const Row& row, const Gradient& gradient, T* grad) {
+  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
+  const float* e = static_cast<const float*>(__builtin_assume_aligned(row.e, 64));
+  const float* e2 = static_cast<const float*>(__builtin_assume_aligned(row.e2, 64));
+  const float* w = static_cast<const float*>(__builtin_assume_aligned(row.w, 64));
+  const float max = row.max, b0 = gradient.b0, b1 = gradient.b1, a2 = gradient.a2, c0 = gradient.c0;
+  const float alpha = gradient.alpha;
+#pragma omp simd
+  for (int64_t i = 0; i < row.count; ++i) {
+    const float exponential = M == marginal_half ? e[i] * e[i] : e[i];
+    float g = exponential * (b1 * (x[i] - max) + b0) + c0;
+    if constexpr (M == marginal_half) g += a2 * e[i];
+    if constexpr (M == marginal_general) g += a2 * e2[i];
+    if constexpr (HasW) g -= alpha * w[i];
+    store_float(grad + i, g);
+  }
+}
+
+// w - p W where either may be infinite: an infinite w outweighs, and 0 * inf is 0
+double centred(double w, double p, double total) { return isinf(w) ? w : w - (p == 0.0 ? 0.0 : p * total); }
+
+// gradient_pass for a divergence that overflows: never NaN
+template <class T>
+void overflow_pass(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+  for (int64_t i = 0; i < row.count; ++i) {
+    const double d = static_cast<double>(row.x[i]) - row.max;
+    const double stored = row.e[i];
+    const double exponential = marginal == marginal_half ? stored * stored : stored;
+    const double second = marginal == marginal_half ? stored : marginal == marginal_general ? row.e2[i] : 0.0;
+    const double finite = exponential * (gradient.b1 * d + gradient.b0) + gradient.a2 * second + gradient.c0;
+    const double term = centred(row.w[i], exponential * gradient.inverse_s, gradient.w_total);
+    store_float(grad + i, static_cast<float>(finite - gradient.alpha * term));
+  }
+}
+
+template <class T>
+void write_form(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+  if (gradient.overflows) return overflow_pass(row, gradient, marginal, grad);
+  switch (marginal * 2 + gradient.has_w) {
+    case marginal_same * 2: return gradient_pass<marginal_same, false>(row, gradient, grad);
+    case marginal_same * 2 + 1: return gradient_pass<marginal_same, true>(row, gradient, grad);
+    case marginal_half * 2: return gradient_pass<marginal_half, false>(row, gradient, grad);
+    case marginal_half * 2 + 1: return gradient_pass<marginal_half, true>(row, gradient, grad);
+    case marginal_general * 2: return gradient_pass<marginal_general, false>(row, gradient, grad);
+    default: return gradient_pass<marginal_general, true>(row, gradient, grad);
+  }
+}
+
+template <class T>
+void write_gradient(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+  write_form(row, gradient, marginal, grad);
+  if (gradient.peak >= 0) store_float(grad + gradient.peak, static_cast<float>(gradient.at_peak));
+}
+
+ExpSums exponentials(const Row& row, int64_t count, const Settings& settings, bool sum_d) {
+  const float temperature = settings.temperature;
+  switch (settings.marginal) {
+    case marginal_same:
+      return sum_d ? exp_pass<marginal_same, true>(row, count, temperature)
+                   : exp_pass<marginal_same, false>(row, count, temperature);
+    case marginal_half:
+      return sum_d ? exp_pass<marginal_half, true>(row, count, temperature)
+                   : exp_pass<marginal_half, false>(row, count, temperature);
+    default:
+      return sum_d ? exp_pass<marginal_general, true>(row, count, temperature)
+                   : exp_pass<marginal_general, false>(row, count, temperature);
+  }
+}
+
+template <int D>
+TermSums summed_terms(const Row& row, int64_t count, Marginal marginal, float inverse_s, float log_s,
+                      const ClassWeight& other) {
+  return marginal == marginal_half ? term_pass<D, true>(row, count, inverse_s, log_s, other)
+                                   : term_pass<D, false>(row, count, inverse_s, log_s, other);
+}
+
+TermSums other_terms(int divergence, const Row& row, int64_t count, Marginal marginal, float inverse_s, float log_s,
+                     const ClassWeight& other) {
+  switch (divergence) {
+    case divergence_js: return summed_terms<divergence_js>(row, count, marginal, inverse_s, log_s, other);
+    case divergence_hellinger: return summed_terms<divergence_hellinger>(row, count, marginal, inverse_s, log_s, other);
+    case divergence_chi2: return summed_terms<divergence_chi2>(row, count, marginal, inverse_s, log_s, other);
+    case divergence_neyman_chi2:
+      return summed_terms<divergence_neyman_chi2>(row, count, marginal, inverse_s, log_s, other);
+    default: return summed_terms<divergence_alpha>(row, count, marginal, inverse_s, log_s, other);
+  }
+}
+
+ClassTerms one_class_terms(int divergence, float p, float d, float log_s, const ClassWeight& of) {
+  switch (divergence) {
+    case divergence_js: return class_terms<divergence_js>(p, d, log_s, of);
+    case divergence_hellinger: return class_terms<divergence_hellinger>(p, d, log_s, of);
+    case divergence_chi2: return class_terms<divergence_chi2>(p, d, log_s, of);
+    case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(p, d, log_s, of);
+    default: return class_terms<divergence_alpha>(p, d, log_s, of);
+  }
+}
+
+// sum_i q_i (log q_i - log p_i), without 0 * log 0
+double reverse_kl(const Prior& prior, double label_log_p, double others, double sum_other_log_p, bool has_label) {
+  double divergence = has_label ? prior.label_q * (prior.log_label_q - label_log_p) : 0.0;
+  if (prior.other_q > 0.0) divergence += prior.other_q * (others * prior.log_other_q - sum_other_log_p);
+  return divergence;
+}
+
+struct Peak {
+  int64_t index;
+  double w, other_w, other_e;
+};
+
+// The class with d = 0, which must be one of row's, and the sums over row's others, free of what the peak would round away.
+Peak find_peak(const Row& row, Marginal marginal) {
+  Peak peak = {};
+  while (row.x[peak.index] != row.max) ++peak.index;
+  peak.w = row.w[peak.index];
+  for (int64_t i = 0; i < row.count; ++i) {
+    if (i == peak.index) continue;
+    peak.other_w += row.w[i];
+    peak.other_e += marginal == marginal_half ? row.e[i] * row.e[i] : row.e[i];
+  }
+  return peak;
+}
+
+double at_least_zero(double value) { return value < 0.0 ? 0.0 : value; }
+
+// statistics of row b, and the gradient's form; pads the row
+Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64_t b) {
+  const GuidanceArguments& arguments = *settings.arguments;
+  const int divergence = arguments.divergence;
+  const bool kl_family = is_kl_family(divergence);
+  const bool sum_d = has_reverse_kl(divergence);
+  const double others = static_cast<double>(row.count);
+
+  const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
+  for (int64_t i = row.count; i < padded; ++i) row.x[i] = padding;
+  // where a padding class would have infinite terms the last vector is handled element by element
+  const bool pads = kl_family || vanishes_finitely(divergence);
+  const int64_t count = pads ? padded : row.count;
+
+  const ExpSums sums = exponentials(row, count, settings, sum_d);
+  const double label_e = row.has_label ? exp(row.label_d) : 0.0;
+  const double s = sums.s + label_e;
+  // log1p keeps what is left when the label has nearly everything
+  const double log_s = row.label_d == 0.0 && sums.s < 1.0 ? log1p(sums.s) : log(s);
+  const double p = label_e / s, rest = sums.s / s, log_p = row.label_d - log_s;
+  const double entropy = log_s - (sums.ed + (row.has_label ? label_e * row.label_d : 0.0)) / s;
+
+  const double tau1 = arguments.joint_temperature, tau2 = arguments.marginal_temperature;
+  double s2, rest2, log_s2;
+  if (settings.marginal == marginal_same) {
+    s2 = s;
+    rest2 = rest;
+    log_s2 = tau2 == 0.0 ? prior.log_n : log_s;
+  } else {
+    const double label_e2 = row.has_label ? exp(tau2 * row.label_d) : 0.0;
+    s2 = sums.s2 + label_e2;
+    rest2 = sums.s2 / s2;
+    log_s2 = row.label_d == 0.0 && sums.s2 < 1.0 ? log1p(sums.s2) : log(s2);
+  }
+
+  double lambda = arguments.entropy_weight;
+  if (arguments.adaptive_entropy && prior.n > 1) lambda *= 1.0 - entropy / prior.log_n;
+
+  Gradient gradient = {};
+  gradient.peak = -1;
+  gradient.inverse_s = static_cast<float>(1.0 / s);
+  // divergence's part of: b0 * s, b1 * s, c0 and the label's gradient
+  double linear = 0.0, logarithmic = 0.0, constant = 0.0, at_label = 0.0, value = 0.0;
+  if (kl_family) {
+    if (has_reverse_kl(divergence)) {
+      value += reverse_kl(prior, log_p, others, sums.d - others * log_s, row.has_label);
+      linear -= settings.alpha;
+      constant += settings.alpha * prior.other_q;
+      at_label += settings.alpha * (rest - others * prior.other_q);
+    }
+    if (has_forward_kl(divergence)) {
+      const double gap = row.has_label ? prior.log_label_q - prior.log_other_q : 0.0;
+      value += -entropy - rest * prior.log_other_q - p * prior.log_label_q;
+      linear += settings.alpha * (log_s - entropy - p * gap);
+      logarithmic -= settings.alpha;
+      at_label -= settings.alpha * p * (log_p + entropy - rest * gap);
+    }
+  } else {
+    const float log_s_float = static_cast<float>(log_s);
+    ClassWeight other = prior.other, label_weight = prior.label;
+    if (divergence == divergence_alpha) {
+      set_power(other, prior.log_other_q, settings.order, log_s);
+      set_power(label_weight, prior.log_label_q, settings.order, log_s);
+    }
+    const TermSums terms =
+        other_terms(divergence, row, count, settings.marginal, gradient.inverse_s, log_s_float, other);
+    gradient.w_total = terms.w;
+    value = terms.value;
+    if (count > row.count) {
+      const ClassTerms pad = one_class_terms(divergence, 0.0f, padding, log_s_float, other);
+      value -= static_cast<double>(count - row.count) * pad.value;
+    }
+    double label_w = 0.0;
+    if (row.has_label) {
+      const ClassTerms label =
+          one_class_terms(divergence, static_cast<float>(p), static_cast<float>(row.label_d), log_s_float, label_weight);
+      label_w = label.w;
+      value += label.value;
+      // w - p (w + the others' sum), with 1 - p as exact as the others' sum
+      at_label -= settings.alpha == 0.0 ? 0.0 : settings.alpha * centred(label_w * rest, p, gradient.w_total);
+    }
+    gradient.w_total += label_w;
+    gradient.has_w = settings.alpha != 0.0;
+    gradient.alpha = static_cast<float>(settings.alpha);
+    gradient.overflows = gradient.has_w && !isfinite(static_cast<float>(gradient.w_total));
+    if (gradient.has_w && !gradient.overflows) linear += settings.alpha * gradient.w_total;
+    if (gradient.has_w && !gradient.overflows && s < 2.0 && row.label_d < 0.0) {
+      // w and p W would cancel to their last digits
+      const Peak peak = find_peak(row, settings.marginal);
+      const double others_w = peak.other_w + label_w, others_e = peak.other_e + label_e;
+      gradient.peak = peak.index;
+      gradient.at_peak = -tau2 / s2 - lambda / s * (entropy - log_s) - settings.alpha * (peak.w * others_e - others_w) / s;
+    }
+  }
+  value = at_least_zero(value);
+
+  // the entropy's gradient is -p (log p + H), for the label as for the others
+  linear += lambda * (log_s - entropy);
+  logarithmic -= lambda;
+  if (row.has_label) at_label -= lambda * p * (log_p + entropy);
+  if (settings.marginal == marginal_same) linear -= tau2;
+
+  gradient.b0 = static_cast<float>(linear / s);
+  gradient.b1 = static_cast<float>(logarithmic / s);
+  gradient.a2 = static_cast<float>(-tau2 / s2);
+  gradient.c0 = static_cast<float>(constant);
+  gradient.label = row.has_label ? (tau1 - tau2) + tau2 * rest2 + at_label : tau1;
+
+  const double log_prob = row.has_label ? tau2 * row.label_d - log_s2 + (tau1 - tau2) * row.label_logit : -INFINITY;
+  double score = log_prob;
+  if (row.has_label && settings.alpha != 0.0) score -= settings.alpha * value;
+  if (row.has_label) score += lambda * entropy;
+  const int64_t batch = arguments.batch;
+  arguments.stats[b] = static_cast<float>(score);
+  arguments.stats[batch + b] = static_cast<float>(log_prob);
+  arguments.stats[2 * batch + b] = static_cast<float>(entropy);
+  arguments.stats[3 * batch + b] = static_cast<float>(value);
+  arguments.stats[4 * batch + b] = static_cast<float>(row.has_label ? log_p : -INFINITY);
+  return gradient;
+}
+
+struct Extent {
+  float max;
+  float magnitude;  // largest |x|; NaN or inf when there is one
+};
+
+template <bool Contiguous, class T>
+Extent load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) {
+  float* x = static_cast<float*>(__builtin_assume_aligned(buffer, 64));
+  float max = -INFINITY;
+  // as integers, magnitudes order like floats, with inf and NaN above all
+  int32_t magnitude = 0;
+#pragma omp simd reduction(max : max, magnitude)
+  for (int64_t i = 0; i < classes; ++i) {
+    const float value = load_float(logits[Contiguous ? i : i * stride]);
+    x[i] = value;
+    max = value > max ? value : max;
+    const int32_t bits = static_cast<int32_t>(bits_of(value) & 0x7fffffffu);
+    magnitude = bits > magnitude ? bits : magnitude;
+  }
+  return {max, float_of(static_cast<uint32_t>(magnitude))};
+}
+
+template <class T>
+void fill_invalid(const GuidanceArguments& arguments, int64_t b, T* grad) {
+  for (int64_t i = 0; i < arguments.classes; ++i) store_float(grad + i, NAN);
+  for (int64_t k = 0; k < 5; ++k) arguments.stats[k * arguments.batch + b] = NAN;
+}
+
+// A row with masked classes or huge logits: the finite classes alone, as if the others did not exist.
+template <class T>
+void unusual_row(const Settings& settings, Row row, int64_t label, int64_t b, T* grad) {
+  const GuidanceArguments& arguments = *settings.arguments;
+  const int64_t classes = arguments.classes;
+  float max = -INFINITY;
+  bool invalid = false;
+  int64_t finite = 0;
+  for (int64_t i = 0; i < classes; ++i) {
+    invalid |= isnan(row.x[i]) || row.x[i] == INFINITY;
+    finite += row.x[i] > -INFINITY;
+    if (row.x[i] > max) max = row.x[i];
+  }
+  if (invalid || finite == 0) return fill_invalid(arguments, b, grad);
+
+  row.has_label = row.x[label] > -INFINITY;
+  row.label_logit = row.x[label];
+  row.label_d = row.has_label ? row.label_logit - static_cast<double>(max) : -INFINITY;
+  row.max = 0.0f;
+  row.count = 0;
+  int64_t* place = static_cast<int64_t*>(malloc(sizeof(int64_t) * classes));
+  float* compact = static_cast<float*>(malloc(sizeof(float) * classes));
+  if (place == nullptr || compact == nullptr) abort();
+  for (int64_t i = 0; i < classes; ++i) {
+    const float value = row.x[i];
+    store_float(grad + i, 0.0f);
+    if (value == -INFINITY || i == label) continue;
+    place[row.count] = i;
+    const float d = static_cast<float>(static_cast<double>(value) - max);
+    row.x[row.count++] = d < -1e30f ? -1e30f : d;
+  }
+  const Prior prior = make_prior(settings, finite, row.has_label);
+  const Gradient gradient = solve_row(settings, prior, row, b);
+  write_gradient(row, gradient, settings.marginal, compact);
+  for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
+  store_float(grad + label, static_cast<float>(gradient.label));
+  free(compact);
+  free(place);
+}
+
+template <class T>
+void guide_row(const Settings& settings, const Prior& prior, Row row, int64_t b) {
+  const GuidanceArguments& arguments = *settings.arguments;
+  const int64_t classes = arguments.classes, last = classes - 1;
+  const int64_t label = arguments.labels[b * arguments.label_stride];
+  const T* logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
+  T* grad = static_cast<T*>(arguments.grad) + b * classes;
+  const Extent extent = arguments.class_stride == 1
+                            ? load_row<true>(logits, 1, classes, row.x)
+                            : load_row<false>(logits, arguments.class_stride, classes, row.x);
+  if (!(extent.magnitude <= largest_fast_logit)) return unusual_row(settings, row, label, b, grad);
+
+  row.has_label = true;
+  row.max = extent.max;
+  row.label_logit = row.x[label];
+  row.label_d = row.label_logit - extent.max;
+  // the last class takes the label's place, and goes home at the end
+  row.x[label] = row.x[last];
+  row.count = last;
+  const Gradient gradient = solve_row(settings, prior, row, b);
+  write_gradient(row, gradient, settings.marginal, grad);
+  if (label < last) grad[last] = grad[label];
+  store_float(grad + label, static_cast<float>(gradient.label));
+}
+
+void guide_any_row(const Settings& settings, const Prior& prior, const Row& row, int64_t b) {
+  switch (settings.arguments->storage) {
+    case storage_bfloat16: return guide_row<BFloat16>(settings, prior, row, b);
+    case storage_float16: return guide_row<Float16>(settings, prior, row, b);
+    default: return guide_row<float>(settings, prior, row, b);
+  }
+}
+
+void guide_rows(const Settings& settings, const Prior& prior, int64_t begin, int64_t end) {
+  alignas(64) float stack[4 * stack_classes];
+  const int64_t length = (settings.arguments->classes + lanes - 1) / lanes * lanes;
+  float* buffer = stack;
+  if (length > stack_classes) {
+    buffer = static_cast<float*>(aligned_alloc(64, sizeof(float) * 4 * length));
+    if (buffer == nullptr) abort();
+  }
+  Row row = {};
+  row.x = buffer;
+  row.e = buffer + length;
+  row.e2 = buffer + 2 * length;
+  row.w = buffer + 3 * length;
+  for (int64_t b = begin; b < end; ++b) guide_any_row(settings, prior, row, b);
+  if (buffer != stack) free(buffer);
+}
+
+}  // namespace
+
+void guidance_gradient(const GuidanceArguments& arguments) {
+  Settings settings;
+  settings.arguments = &arguments;
+  settings.temperature = static_cast<float>(arguments.marginal_temperature);
+  settings.marginal = settings.temperature == 1.0f || settings.temperature == 0.0f ? marginal_same
+                      : settings.temperature == 0.5f                               ? marginal_half
+                                                                                   : marginal_general;
+  settings.order = arguments.order;
+  settings.alpha = arguments.divergence == divergence_none ? 0.0 : arguments.alpha;
+  const Prior prior = make_prior(settings, arguments.classes, true);
+
+  const int64_t batch = arguments.batch;
+  const int64_t worth = arguments.batch * arguments.classes / elements_per_thread;
+  int64_t threads = arguments.threads < worth ? arguments.threads : worth;
+  threads = threads < batch ? threads : batch;
+  if (threads <= 1) return guide_rows(settings, prior, 0, batch);
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+  for (int64_t part = 0; part < threads; ++part) {
+    guide_rows(settings, prior, part * batch / threads, (part + 1) * batch / threads);
+  }
+}
+
+}  // namespace CALGUIDE_ISA
+}  // namespace calguide
