@@ -160,7 +160,7 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -
 
 
 def _with_strides(*tensors: Tensor | None) -> tuple[list[Tensor | None], tuple[int, ...]]:
-    """The tensors with their (image, channel, pixel) strides, copied where no single stride steps through the pixels."""
+    """The tensors with their (image, channel, pixel) strides; copies where no one stride steps through the pixels."""
     kept: list[Tensor | None] = []
     strides: list[int] = []
     for tensor in tensors:

@@ -1,8 +1,8 @@
 """Counter-based noise in plain torch: Philox4x32-10 and Box-Muller, one torch operation for every rounding.
 
-This states what `csrc/philox.h` computes, to the last bit and on any device: image b has the key `seeds[b]`, and the counter
-(element // 4, draw, stream, 0) gives elements 4j .. 4j+3 of its NCHW order their four normals. Stream 0 is the sampler's
-noise (draw 0 is x_T, draw k the k-th step taken), stream 1 its labels. The construction is frozen.
+This states what `csrc/philox.h` computes, to the last bit and on any device: image b has the key `seeds[b]`, and the
+counter (element // 4, draw, stream, 0) gives elements 4j .. 4j+3 of its NCHW order their four normals. Stream 0 is the
+sampler's noise (draw 0 is x_T, draw k the k-th step taken), stream 1 its labels. The construction is frozen.
 
 Philox is of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -23,13 +23,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 # log(1 + t) = t - t^2 / 2 + t^3 c(t), lowest power first; sin x = x + x^3 s(x^2) and cos x = c(x^2), highest first
-_LOG = tuple(
-    map(
-        float.fromhex,
-        ("0x1.555554p-2", "-0x1.000226p-2", "0x1.99a01cp-3", "-0x1.54728ap-3",
-         "0x1.22d92ep-3", "-0x1.0d8242p-3", "0x1.055ec4p-3", "-0x1.38c9d4p-4"),  # fmt: skip
-    )
-)
+# fmt: off
+_LOG = tuple(map(float.fromhex, ("0x1.555554p-2", "-0x1.000226p-2", "0x1.99a01cp-3", "-0x1.54728ap-3",
+                                 "0x1.22d92ep-3", "-0x1.0d8242p-3", "0x1.055ec4p-3", "-0x1.38c9d4p-4")))
+# fmt: on
 _SIN = tuple(map(float.fromhex, ("-0x1.995408p-13", "0x1.110778p-7", "-0x1.555546p-3")))
 _COS = tuple(map(float.fromhex, ("0x1.99e80cp-16", "-0x1.6c0c28p-10", "0x1.55554ap-5", "-0x1p-1", "0x1p0")))
 _LOG2_HIGH, _LOG2_LOW = float.fromhex("0x1.63p-1"), float.fromhex("-0x1.bd0106p-13")
@@ -59,7 +56,7 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
 
 
 def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
-    """Standard normals of images of `shape` (channels first), (B, *shape) fp32, a function of seed, draw and stream alone."""
+    """Standard normals of images of `shape`, channels first, (B, *shape) fp32: a function of seed, draw and stream."""
     elements = math.prod(shape)
     words = philox_words(seeds, -(-elements // 4), draw, stream)
     u = ((words[..., 0::2] >> 8) + 1).float() * 2.0**-24
@@ -71,8 +68,9 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -
 
 
 def philox_integers(seeds: Tensor, high: int, stream: int) -> Tensor:
-    """One integer in 0 .. high-1 per seed, (B,) int64: floor(word * high / 2^32) of counter (0, 0, stream, 0)'s first word.
+    """One integer in 0 .. high-1 per seed, (B,) int64.
 
+    It is floor(w * high / 2^32), w the first word of counter (0, 0, stream, 0).
     Raises ValueError where `high` is not within 1 .. 2^31.
     """
     if not 1 <= high <= 2**31:

@@ -262,9 +262,9 @@ void guided_step(StepArguments a) {
 void predict_x0(StepArguments a) {
   const StepRow row = step_row(a.coefficients);
   const float bound = a.clip ? 1.0f : __builtin_inff();
+  flatten_channels(a);
   const bool in_place = a.out.type == storage_float32 && a.out.pixel == 1;
   const bool past_cache = in_place && a.batch * a.channels * a.pixels * 4 > streamed_bytes;
-  flatten_channels(a);
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
