@@ -13,7 +13,7 @@ from torch import Tensor
 
 # torch first: the kernels then share its OpenMP runtime
 from calguide_fast import _cpu
-
+from calguide_fast.backends.labels import check_labels
 
 # codes of csrc/storage.h
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -59,7 +59,7 @@ def guidance_gradient(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise ValueError(f"labels[{bad_row}] is {labels[bad_row].item()}; allowed is 0..{classes - 1}")
+        check_labels(labels, classes)
     return grad, stats
 
 
