@@ -2,7 +2,7 @@
 
 Written to be read beside the formulas, not to be fast. Inputs are upcast (float64 stays float64, everything else is
 computed in float32), and results are cast back. Signatures are those that every backend offers; arguments have been
-checked by ``calguide_fast.ops``.
+checked by ``calguide_fast.ops``. Like the kernels, nothing here records a graph for autograd.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def _upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+@torch.no_grad()
 def guidance_gradient(
     logits: Tensor,
     labels: Tensor,
@@ -36,7 +37,8 @@ def guidance_gradient(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_labels(labels, logits.shape[1])
-    f = _upcast(logits)  # [B, C]
+    # results are contiguous whatever the strides of the logits
+    f = _upcast(logits).contiguous()  # [B, C]
     y = labels[:, None]
     masked = f == -math.inf
     label_masked = masked.gather(1, y)
@@ -133,6 +135,7 @@ def _alpha(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, T
 _DIVERGENCES = (_none, _reverse_kl, _forward_kl, _js, _jeffreys, _hellinger, _chi2, _neyman_chi2, _alpha)
 
 
+@torch.no_grad()
 def tilt_weights(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
     weights = torch.softmax(tilt * _upcast(scores), 0)
     if not normalize_sum:
@@ -140,6 +143,7 @@ def tilt_weights(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: f
     return weights.clamp(max=max_weight)
 
 
+@torch.no_grad()
 def predict_x0(x_t: Tensor, model_output: Tensor, coefficients: Tensor, clip: bool, out: Tensor) -> Tensor:
     c = coefficients
     eps = model_output[:, : x_t.shape[1]].float()
@@ -147,6 +151,7 @@ def predict_x0(x_t: Tensor, model_output: Tensor, coefficients: Tensor, clip: bo
     return out.copy_(x0.clamp(-1, 1) if clip else x0)
 
 
+@torch.no_grad()
 def guided_step(
     x_t: Tensor,
     model_output: Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def sampling_noise(seeds: Tensor, shape: tuple[int, ...], draw: int, stream: int
     return torch.ops.calguide_fast.sampling_noise(seeds, tuple(shape), draw, stream)
 
 
-@functools.partial(LIBRARY.impl, "sampling_noise", dispatch_key="CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "sampling_noise", "CompositeExplicitAutograd")
 def _sampling_noise_impl(seeds: Tensor, shape: list[int], draw: int, stream: int) -> Tensor:
     return backends.choose(seeds).philox_normal(seeds, tuple(shape), draw, stream)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -52,8 +51,9 @@ def predict_x0(
     """
     _check_images(x_t, model_output, coefficients)
     if out is not None:
-        checks.floating("out", out)
-        checks.shaped("out", out, x_t.shape)
+        _check_like("out", out, x_t, x_t.shape, _MODEL_DTYPES)
+    elif dtype not in _MODEL_DTYPES:
+        raise TypeError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
     if is_direct(x_t, model_output, coefficients, out):
         if out is None:
             out = torch.empty_like(x_t, dtype=dtype, memory_format=memory_format)
@@ -201,14 +201,15 @@ def _check_step(
 
 def _check_like(name: str, tensor: Tensor, x_t: Tensor, shape: Any, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be a tensor of dtype {' or '.join(map(str, dtypes))}")
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a tensor of dtype {' or '.join(map(str, dtypes))}, got {found}")
     if tensor.shape != shape:
         checks.shaped(name, tensor, shape)
     if tensor.device != x_t.device:
         checks.same_device(name, tensor, "x_t", x_t)
 
 
-@functools.partial(LIBRARY.impl, "predict_x0", dispatch_key="CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "predict_x0", "CompositeExplicitAutograd")
 def _predict_x0_impl(
     x_t: Tensor,
     model_output: Tensor,
@@ -233,7 +234,7 @@ def _predict_x0_fake(
     return torch.empty_like(x_t, dtype=dtype, memory_format=memory_format)
 
 
-@functools.partial(LIBRARY.impl, "guided_step", dispatch_key="CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "guided_step", "CompositeExplicitAutograd")
 def _guided_step_impl(x_t: Tensor, *arguments: Any) -> Tensor:
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
     return backends.choose(x_t).guided_step(x_t, *arguments, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -54,7 +53,7 @@ def tilt_settings(tilt: float, normalize: str, max_weight: float | None) -> tupl
     return tilt, normalize == "sum", limit
 
 
-@functools.partial(LIBRARY.impl, "tilt_weights", dispatch_key="CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "tilt_weights", "CompositeExplicitAutograd")
 def _impl(scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.float()
