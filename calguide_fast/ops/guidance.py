@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
@@ -20,14 +22,66 @@ LIBRARY.define(
 )
 
 
-class GuidanceGradient(NamedTuple):
-    """The result of :func:`guidance_gradient`. The scalars are float32 (float64 for float64 logits)."""
+class GuidanceGradient:
+    """The result of :func:`guidance_gradient`; unpacks like the tuple (grad, score, log_prob, entropy, divergence).
 
-    grad: Tensor  # (B, C), the logits' dtype
-    score: Tensor  # (B,)
-    log_prob: Tensor  # (B,)
-    entropy: Tensor  # (B,), nats
-    divergence: Tensor  # (B,), nats for the KL family
+    The scalars are views of one table, made when they are asked for: a small call would spend a third of its time on
+    views that its caller may not look at. They are float32 (float64 for float64 logits).
+
+    Attributes:
+        grad: (B, C), of the logits' dtype.
+        score: (B,), S.
+        log_prob: (B,), τ₁ f_y − logsumexp(τ₂ f).
+        entropy: (B,), H(p) in nats.
+        divergence: (B,), D(q‖p), in nats for the KL family and JS.
+    """
+
+    __slots__ = ("grad", "_stats")
+    _fields = ("grad", "score", "log_prob", "entropy", "divergence")
+
+    def __init__(self, grad: Tensor, stats: Tensor) -> None:
+        self.grad = grad
+        self._stats = stats
+
+    @property
+    def score(self) -> Tensor:
+        return self._stats[0]
+
+    @property
+    def log_prob(self) -> Tensor:
+        return self._stats[1]
+
+    @property
+    def entropy(self) -> Tensor:
+        return self._stats[2]
+
+    @property
+    def divergence(self) -> Tensor:
+        return self._stats[3]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.grad, *self._stats.unbind(0)[:4]))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return tuple(self)[index]
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(self._fields, self))
+
+    def __repr__(self) -> str:
+        return f"GuidanceGradient({', '.join(f'{name}={value}' for name, value in self._asdict().items())})"
+
+
+# lets the result cross the boundary of a compiled or transformed function
+register_pytree_node(
+    GuidanceGradient,
+    lambda result: ([result.grad, result._stats], None),
+    lambda leaves, _: GuidanceGradient(*leaves),
+    serialized_type_name="calguide_fast.GuidanceGradient",
+)
 
 
 class GuidanceStats(NamedTuple):
@@ -151,8 +205,7 @@ def guidance_gradient(
         divergence, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy
     )
     grad, stats = gradient_and_stats(logits, labels, settings, out)
-    score, log_prob, entropy, d, _ = stats.unbind(0)
-    return GuidanceGradient(grad, score, log_prob, entropy, d)
+    return GuidanceGradient(grad, stats)
 
 
 def gradient_and_stats(
@@ -224,25 +277,39 @@ def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _check_inputs(logits: Tensor, labels: Tensor, out: Tensor | None) -> Tensor:
-    checks.floating("logits", logits)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C) with at least one class")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
-        labels = labels.long()
-    if labels.ndim != 1 or labels.shape[0] != logits.shape[0]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({logits.shape[0]},), one for each row")
-    if labels.device != logits.device:
-        checks.same_device("labels", labels, "logits", logits)
+    # one look at what is nearly always right; what is wrong is told apart afterwards
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dtype not in checks.FLOAT_DTYPES
+        or not isinstance(labels, Tensor)
+        or labels.dtype is not torch.int64
+        or logits.ndim != 2
+        or labels.shape != logits.shape[:1]
+        or logits.shape[1] == 0
+        or labels.device != logits.device
+    ):
+        labels = _corrected_labels(logits, labels)
     if out is not None:
         checks.shaped("out", out, logits.shape)
         checks.same_device("out", out, "logits", logits)
         if out.dtype != logits.dtype or not out.is_contiguous():
             raise ValueError(f"out must be contiguous and of dtype {logits.dtype}, like the logits")
     return labels
+
+
+def _corrected_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The labels as int64, or the error that says what is wrong."""
+    checks.floating("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C) with at least one class")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
+    if labels.ndim != 1 or labels.shape[0] != logits.shape[0]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({logits.shape[0]},), one for each row")
+    checks.same_device("labels", labels, "logits", logits)
+    return labels.long()
 
 
 def _stats_dtype(tensor: Tensor) -> torch.dtype:
