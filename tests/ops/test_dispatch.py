@@ -32,13 +32,27 @@ def step_tensors():
 
 def step_arguments(boosted: bool):
     x_t, output, row, gradient, noise = step_tensors()
-    vectors = (torch.rand(2), torch.rand(2)) if boosted else (None, None)
-    seeds = None if boosted else torch.tensor([3, -4])
-    running = torch.zeros(2) if boosted else None
-    return (
-        x_t, output, row, gradient, *vectors, noise if boosted else None, seeds, running,
-        0, True, 1.5, -0.2, 2.0, False, 0.3 if boosted else 0.0, True,
-    )  # fmt: skip
+    if not boosted:
+        return (
+            x_t,
+            output,
+            row,
+            gradient,
+            None,
+            None,
+            None,
+            torch.tensor([3, -4]),
+            1,
+            True,
+            1.5,
+            0.0,
+            2.0,
+            False,
+            0.0,
+            True,
+        )
+    vectors = torch.rand(2), torch.rand(2)
+    return x_t, output, row, gradient, *vectors, noise, None, torch.zeros(2), 0, True, 1.5, -0.2, 2.0, False, 0.3, True
 
 
 # sample arguments of every op; one that is missing here fails test_every_op_has_samples
@@ -53,7 +67,8 @@ SAMPLES = {
         (*step_tensors()[:3], True, torch.float32, torch.contiguous_format),
         (*step_tensors()[:3], False, torch.bfloat16, torch.channels_last),
     ],
-    "guided_step": lambda: [step_arguments(True), step_arguments(False)],
+    "guided_step": lambda: [step_arguments(boosted=False)],
+    "guided_step_with_maximum": lambda: [step_arguments(boosted=True)],
 }
 
 
@@ -77,11 +92,11 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     found = guidance_gradient(logits, labels, "forward_kl", entropy_weight=0.2, adaptive_entropy=True)
     weights = tilt_weights(found.log_prob[:2], -0.2, max_weight=2.0)
     x0 = predict_x0(x_t, output, row)
-    x_prev = guided_step(
-        x_t, output, row, gradient, noise=noise, weights=weights, variance_max=running, sine_boost=0.3, scale=2.0
-    )
+    boost = {} if running is None else {"variance_max": running, "sine_boost": 0.3}
+    x_prev = guided_step(x_t, output, row, gradient, noise=noise, weights=weights, scale=2.0, **boost)
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score[:2], tilt=0.3, method="ddim")
-    return found.grad, found.score, weights, x0, x_prev, seeded, sampling_noise(seeds, (3, 4, 4), 0), running + 0
+    results = (found.grad, found.score, weights, x0, x_prev, seeded, sampling_noise(seeds, (3, 4, 4), 0))
+    return results if running is None else (*results, running + 0)
 
 
 def everything():
@@ -177,16 +192,14 @@ def test_make_fx(mode, backend):
 
 
 def test_functionalize(backend):
-    # not guided_step: PyTorch's stand-alone functionalize takes no custom op that may write to an input, whereas
-    # torch.compile and export, which are tested above and below, rewrite one
-    def functional(logits, labels, x_t, output, row, seeds):
-        found = guidance_gradient(logits, labels)
-        x0 = predict_x0(x_t, output, row)
-        return found.grad, found.score, tilt_weights(found.score, 0.3), x0, sampling_noise(seeds, (3, 4, 4), 0)
-
+    # without the running maximum: this transform takes no custom op that writes to an input, whereas torch.compile
+    # and export, which are tested above and below, rewrite it
     arguments = everything()
-    arguments = (*arguments[:5], arguments[8])
-    assert_same(torch.func.functionalize(functional)(*arguments), functional(*arguments))
+
+    def without_maximum(*arguments):
+        return use_everything(*arguments[:7], None, arguments[8])
+
+    assert_same(torch.func.functionalize(without_maximum)(*arguments), without_maximum(*arguments))
 
 
 def test_export(backend):
@@ -212,6 +225,11 @@ def test_vmap(backend):
     scores = torch.stack([guidance_score(f, y) for f, y in zip(logits, labels)])
     assert torch.equal(torch.func.vmap(lambda f, y: guidance_gradient(f, y).grad)(logits, labels), expected)
     assert torch.equal(torch.func.vmap(guidance_score)(logits, labels), scores)
+    mapped = torch.func.vmap(guidance_gradient)(logits, labels)
+    for name in mapped._fields:
+        each = torch.stack([getattr(guidance_gradient(f, y), name) for f, y in zip(logits, labels)])
+        assert torch.equal(getattr(mapped, name), each), name
+    assert all(torch.equal(a, b) for a, b in zip(mapped, mapped._asdict().values(), strict=True))
     # another dimension mapped, and labels shared by all
     moved = torch.func.vmap(lambda f: guidance_gradient(f, labels[0]).score, in_dims=2)(logits.permute(1, 2, 0))
     assert torch.equal(moved, torch.stack([guidance_gradient(f, labels[0]).score for f in logits]))
