@@ -49,6 +49,9 @@ def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; they must be together")
 
 
-def shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def shaped(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` is a tensor of this shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
