@@ -75,14 +75,14 @@ CALGUIDE_INLINE float philox_log(float u) {
   const float n = static_cast<float>(static_cast<int32_t>(offset) >> 23);
   const float t = rounded_add(float_of(bits_of(u) - (offset & 0xff800000u)), -1.0f);
   const float square = rounded_mul(t, t);
-  float c = -0x1.38c9d4p-4f;
-  c = rounded_add(rounded_mul(c, t), 0x1.055ec4p-3f);
-  c = rounded_add(rounded_mul(c, t), -0x1.0d8242p-3f);
-  c = rounded_add(rounded_mul(c, t), 0x1.22d92ep-3f);
-  c = rounded_add(rounded_mul(c, t), -0x1.54728ap-3f);
-  c = rounded_add(rounded_mul(c, t), 0x1.99a01cp-3f);
-  c = rounded_add(rounded_mul(c, t), -0x1.000226p-2f);
-  c = rounded_add(rounded_mul(c, t), 0x1.555554p-2f);
+  // in pairs, for a shorter chain of dependent operations
+  const float c01 = rounded_add(rounded_mul(t, -0x1.000226p-2f), 0x1.555554p-2f);
+  const float c23 = rounded_add(rounded_mul(t, -0x1.54728ap-3f), 0x1.99a01cp-3f);
+  const float c45 = rounded_add(rounded_mul(t, -0x1.0d8242p-3f), 0x1.22d92ep-3f);
+  const float c67 = rounded_add(rounded_mul(t, -0x1.38c9d4p-4f), 0x1.055ec4p-3f);
+  const float c03 = rounded_add(rounded_mul(square, c23), c01);
+  const float c47 = rounded_add(rounded_mul(square, c67), c45);
+  const float c = rounded_add(rounded_mul(rounded_mul(square, square), c47), c03);
   // log(2) in two parts, the first short enough for an exact product
   float log_u = rounded_add(rounded_mul(rounded_mul(c, t), square), rounded_mul(n, -0x1.bd0106p-13f));
   log_u = rounded_add(log_u, rounded_mul(square, -0.5f));

@@ -35,8 +35,8 @@ def guidance_gradient(
     """Gradient (B, C) in the logits' dtype and statistics (5, B) fp32; a label out of range is a ValueError."""
     batch, classes = logits.shape
     row_stride, class_stride = logits.stride()
-    grad = torch.empty((batch, classes), dtype=logits.dtype) if out is None else out
-    stats = torch.empty((5, batch))
+    grad = torch.empty(batch, classes, dtype=logits.dtype) if out is None else out
+    stats = torch.empty(5, batch)
     bad_row = _cpu.guidance_gradient(
         logits.data_ptr(),
         row_stride,
@@ -78,17 +78,19 @@ _STORAGE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def predict_x0(x_t: Tensor, model_output: Tensor, coefficients: Tensor, clip: bool, out: Tensor) -> Tensor:
     """Prediction of x0 from x_t and eps, written to `out` in its dtype and strides."""
-    batch, channels = x_t.shape[:2]
-    if not x_t.numel():
+    elements = x_t.numel()
+    if not elements:
         return out
-    target = out
-    strides = None
+    shape = x_t.shape
+    batch, channels = shape[0], shape[1]
+    target, strides = out, None
     if not (x_t.is_contiguous() and model_output.is_contiguous() and out.is_contiguous()):
         (x_t, model_output, target), strides = _with_strides(x_t, model_output, out)
     _cpu.predict_x0(
-        batch, channels, x_t[0, 0].numel(), x_t.data_ptr(),
-        model_output.data_ptr(), _STORAGE_TYPES[model_output.dtype], model_output.shape[1], strides,
-        coefficients.data_ptr(), clip, target.data_ptr(), _STORAGE_TYPES[out.dtype], torch.get_num_threads(),
+        batch, channels, elements // (batch * channels), torch.get_num_threads(), strides,
+        coefficients.data_ptr(), clip, x_t.data_ptr(),
+        model_output.data_ptr(), _STORAGE_TYPES[model_output.dtype], model_output.shape[1] != channels,
+        target.data_ptr(), _STORAGE_TYPES[out.dtype],
     )  # fmt: skip
     return out if target is out else out.copy_(target)
 
@@ -114,10 +116,11 @@ def guided_step(
     out: Tensor,
 ) -> Tensor:
     """One guided DDPM (method 0) or DDIM (1) step from x_t to x_prev, written to `out`, which may be x_t itself."""
-    batch, channels = x_t.shape[:2]
     elements = x_t.numel()
     if not elements:
         return out
+    shape = x_t.shape
+    batch, channels = shape[0], shape[1]
     strides = None
     if not (
         x_t.is_contiguous()
@@ -126,15 +129,20 @@ def guided_step(
         and (noise is None or noise.is_contiguous())
     ):
         (x_t, model_output, gradient, noise), strides = _with_strides(x_t, model_output, gradient, noise)
-    # per-image vectors are read densely, a running maximum with gaps is written back
-    weights, scores, seeds = _dense(weights), _dense(scores), _dense(seeds)
-    running_max = _dense(variance_max)
+    # the vectors over images are read densely; a running maximum with gaps is written back
+    weights = None if weights is None else weights.contiguous()
+    scores = None if scores is None else scores.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    running_max = None if variance_max is None else variance_max.contiguous()
     _cpu.guided_step(
-        batch, channels, elements // (batch * channels), x_t.data_ptr(),
-        model_output.data_ptr(), _STORAGE_TYPES[model_output.dtype], model_output.shape[1],
-        _pointer(gradient), 0 if gradient is None else _STORAGE_TYPES[gradient.dtype], _pointer(noise), strides,
-        coefficients.data_ptr(), _pointer(weights), _pointer(scores), _pointer(seeds), _pointer(running_max),
-        method == 1, scale, tilt, max_weight, normalize_sum, sine_boost, clip, out.data_ptr(), torch.get_num_threads(),
+        batch, channels, elements // (batch * channels), torch.get_num_threads(), strides,
+        coefficients.data_ptr(), clip, x_t.data_ptr(),
+        model_output.data_ptr(), _STORAGE_TYPES[model_output.dtype], learned_variance,
+        None if gradient is None else gradient.data_ptr(), 0 if gradient is None else _STORAGE_TYPES[gradient.dtype],
+        None if noise is None else noise.data_ptr(), out.data_ptr(),
+        None if weights is None else weights.data_ptr(), None if scores is None else scores.data_ptr(),
+        None if seeds is None else seeds.data_ptr(), None if running_max is None else running_max.data_ptr(),
+        method == 1, scale, tilt, max_weight, normalize_sum, sine_boost,
     )  # fmt: skip
     if running_max is not variance_max:
         variance_max.copy_(running_max)
@@ -151,16 +159,8 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -
     return out
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return vector if vector is None else vector.contiguous()
-
-
 def _with_strides(*tensors: Tensor | None) -> tuple[list[Tensor | None], tuple[int, ...]]:
-    """The tensors with their (image, channel, pixel) strides, copied where no single stride steps through the pixels."""
+    """The tensors with their (image, channel, pixel) strides; copies where no one stride steps through the pixels."""
     kept: list[Tensor | None] = []
     strides: list[int] = []
     for tensor in tensors:

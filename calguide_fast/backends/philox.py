@@ -1,8 +1,8 @@
 """Counter-based noise in plain torch: Philox4x32-10 and Box-Muller, one torch operation for every rounding.
 
-This states what `csrc/philox.h` computes, to the last bit and on any device: image b has the key `seeds[b]`, and the counter
-(element // 4, draw, stream, 0) gives elements 4j .. 4j+3 of its NCHW order their four normals. Stream 0 is the sampler's
-noise (draw 0 is x_T, draw k the k-th step taken), stream 1 its labels. The construction is frozen.
+This states what `csrc/philox.h` computes, to the last bit and on any device: image b has the key `seeds[b]`, and the
+counter (element // 4, draw, stream, 0) gives elements 4j .. 4j+3 of its NCHW order their four normals. Stream 0 is the
+sampler's noise (draw 0 is x_T, draw k the k-th step taken), stream 1 its labels. The construction is frozen.
 
 Philox is of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -22,11 +22,13 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
-# log(1 + t) = t - t^2 / 2 + t^3 c(t); sin x = x + x^3 s(x^2); cos x = c(x^2); highest power first
-_LOG = ("-0x1.38c9d4p-4", "0x1.055ec4p-3", "-0x1.0d8242p-3", "0x1.22d92ep-3",
-        "-0x1.54728ap-3", "0x1.99a01cp-3", "-0x1.000226p-2", "0x1.555554p-2")  # fmt: skip
-_SIN = ("-0x1.995408p-13", "0x1.110778p-7", "-0x1.555546p-3")
-_COS = ("0x1.99e80cp-16", "-0x1.6c0c28p-10", "0x1.55554ap-5", "-0x1p-1", "0x1p0")
+# log(1 + t) = t - t^2 / 2 + t^3 c(t), lowest power first; sin x = x + x^3 s(x^2) and cos x = c(x^2), highest first
+# fmt: off
+_LOG = tuple(map(float.fromhex, ("0x1.555554p-2", "-0x1.000226p-2", "0x1.99a01cp-3", "-0x1.54728ap-3",
+                                 "0x1.22d92ep-3", "-0x1.0d8242p-3", "0x1.055ec4p-3", "-0x1.38c9d4p-4")))
+# fmt: on
+_SIN = tuple(map(float.fromhex, ("-0x1.995408p-13", "0x1.110778p-7", "-0x1.555546p-3")))
+_COS = tuple(map(float.fromhex, ("0x1.99e80cp-16", "-0x1.6c0c28p-10", "0x1.55554ap-5", "-0x1p-1", "0x1p0")))
 _LOG2_HIGH, _LOG2_LOW = float.fromhex("0x1.63p-1"), float.fromhex("-0x1.bd0106p-13")
 _RADIANS = float.fromhex("0x1.921fb6p-30")
 
@@ -36,19 +38,25 @@ def philox_words(seeds: Tensor, n_blocks: int, draw: int, stream: int) -> Tensor
 
     `seeds` is (B,) int64, the bit pattern of the unsigned 64-bit key.
     """
-    k0, k1 = (seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]
     c0 = torch.arange(n_blocks, device=seeds.device).expand(len(seeds), n_blocks)
-    c1, c2, c3 = torch.full_like(c0, draw), torch.full_like(c0, stream), torch.zeros_like(c0)
+    counter = (c0, torch.full_like(c0, draw), torch.full_like(c0, stream), torch.zeros_like(c0))
+    return torch.stack(philox_4x32(counter, ((seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None])), -1)
+
+
+def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four counter words and two key words, int64 tensors of values in 0 .. 2^32-1, to four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(10):
         high0, low0 = _wide_product(c0, _MULTIPLIERS[0])
         high1, low1 = _wide_product(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + _KEY_STEPS[0] & _WORD, k1 + _KEY_STEPS[1] & _WORD
-    return torch.stack((c0, c1, c2, c3), -1)
+    return c0, c1, c2, c3
 
 
 def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
-    """Standard normals of images of `shape` (channels first), (B, *shape) fp32, a function of seed, draw and stream alone."""
+    """Standard normals of images of `shape`, channels first, (B, *shape) fp32: a function of seed, draw and stream."""
     elements = math.prod(shape)
     words = philox_words(seeds, -(-elements // 4), draw, stream)
     u = ((words[..., 0::2] >> 8) + 1).float() * 2.0**-24
@@ -60,8 +68,9 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -
 
 
 def philox_integers(seeds: Tensor, high: int, stream: int) -> Tensor:
-    """One integer in 0 .. high-1 per seed, (B,) int64: floor(word * high / 2^32) of counter (0, 0, stream, 0)'s first word.
+    """One integer in 0 .. high-1 per seed, (B,) int64.
 
+    It is floor(w * high / 2^32), w the first word of counter (0, 0, stream, 0).
     Raises ValueError where `high` is not within 1 .. 2^31.
     """
     if not 1 <= high <= 2**31:
@@ -76,10 +85,10 @@ def _wide_product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def _polynomial(coefficients: Sequence[str], x: Tensor) -> Tensor:
-    value = torch.full_like(x, float.fromhex(coefficients[0]))
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        value = value * x + float.fromhex(coefficient)
+        value = value * x + coefficient
     return value
 
 
@@ -89,7 +98,9 @@ def _log(u: Tensor) -> Tensor:
     n = (offset >> 23).float()
     t = (bits - (offset >> 23 << 23)).view(torch.float32) - 1.0
     square = t * t
-    value = _polynomial(_LOG, t) * t * square + n * _LOG2_LOW
+    c01, c23, c45, c67 = (t * odd + even for even, odd in zip(_LOG[::2], _LOG[1::2], strict=True))
+    c = (square * square) * (square * c67 + c45) + (square * c23 + c01)
+    value = c * t * square + n * _LOG2_LOW
     return (t + (value + square * -0.5)) + n * _LOG2_HIGH
 
 

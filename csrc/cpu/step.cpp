@@ -16,16 +16,31 @@ namespace py = pybind11;
 // below this many elements of work a second thread, or letting Python go on meanwhile, costs more than it gives
 constexpr int64_t large_work = int64_t{1} << 16;
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+// Positional arguments in order. A step is launch-bound on small images, and this reads its many arguments several times faster
+// than a signature of pybind11's; a wrong type leaves Python's error set, which the caller looks for once.
+class Arguments {
+ public:
+  explicit Arguments(PyObject* const* items) : next_(items) {}
+  PyObject* object() { return *next_++; }
+  int64_t integer() { return PyLong_AsLongLong(object()); }
+  double real() { return PyFloat_AsDouble(object()); }
+  bool flag() { return PyObject_IsTrue(object()) == 1; }
+  // None is a null pointer
+  template <class T>
+  T* pointer() {
+    PyObject* const item = object();
+    return item == Py_None ? nullptr : static_cast<T*>(PyLong_AsVoidPtr(item));
+  }
+
+ private:
+  PyObject* const* next_;
+};
 
 // Strides come as one flat tuple for all operands, or as None where every operand is contiguous.
-Operand operand(uintptr_t address, int type, py::handle strides, int position, int64_t channels, int64_t pixels) {
-  Operand result{pointer<const void>(address), type, channels * pixels, pixels, 1};
-  if (address != 0 && !strides.is_none()) {
-    const auto item = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), 3 * position + i)); };
+Operand operand(const void* data, int64_t type, PyObject* strides, int position, int64_t channels, int64_t pixels) {
+  Operand result{data, static_cast<int>(type), channels * pixels, pixels, 1};
+  if (data != nullptr && strides != Py_None) {
+    const auto item = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides, 3 * position + i)); };
     result.image = item(0), result.channel = item(1), result.pixel = item(2);
   }
   return result;
@@ -48,73 +63,94 @@ void launch(int64_t elements, int threads, const Kernel& kernel) {
   kernel(threads);
 }
 
-void guided_step(int64_t batch, int64_t channels, int64_t pixels, uintptr_t x_t, uintptr_t model_output, int output_type,
-                 int64_t output_channels, uintptr_t gradient, int gradient_type, uintptr_t noise, py::handle strides,
-                 uintptr_t coefficients, uintptr_t weights, uintptr_t scores, uintptr_t seeds, uintptr_t variance_max,
-                 bool ddim, double scale, double tilt, double max_weight, bool normalize_sum, double sine_boost, bool clip,
-                 uintptr_t out, int threads) {
+// The operands that guided_step and predict_x0 share, from the arguments that both begin with.
+StepArguments read_common(Arguments& in, PyObject*& strides) {
   StepArguments a{};
-  a.batch = batch, a.channels = channels, a.pixels = pixels;
-  a.x_t = operand(x_t, storage_float32, strides, 0, channels, pixels);
-  a.eps = operand(model_output, output_type, strides, 1, output_channels, pixels);
-  if (output_channels == 2 * channels) {
+  a.batch = in.integer(), a.channels = in.integer(), a.pixels = in.integer(), a.threads = static_cast<int>(in.integer());
+  strides = in.object();
+  a.coefficients = in.pointer<const float>();
+  a.clip = in.flag();
+  a.x_t = operand(in.pointer<const void>(), storage_float32, strides, 0, a.channels, a.pixels);
+  const void* const model_output = in.pointer<const void>();
+  const int64_t type = in.integer();
+  const bool learned_variance = in.flag();
+  a.eps = operand(model_output, type, strides, 1, a.channels * (learned_variance ? 2 : 1), a.pixels);
+  if (learned_variance) {
     a.v = a.eps;
-    a.v.data = static_cast<const char*>(a.eps.data) + channels * a.eps.channel * bytes_of(output_type);
+    a.v.data = static_cast<const char*>(a.eps.data) + a.channels * a.eps.channel * bytes_of(a.eps.type);
   }
-  a.gradient = operand(gradient, gradient_type, strides, 2, channels, pixels);
-  a.noise = operand(noise, storage_float32, strides, 3, channels, pixels);
-  a.out = operand(out, storage_float32, py::none(), 0, channels, pixels);
-  a.coefficients = pointer<const float>(coefficients);
-  a.seeds = pointer<const int64_t>(seeds);
-  a.variance_max = pointer<float>(variance_max);
-  a.sine_boost = static_cast<float>(sine_boost);
-  a.ddim = ddim, a.clip = clip;
-
-  std::vector<float> scratch(2 * batch, static_cast<float>(scale));
-  float* const guide = scratch.data();
-  a.guide = guide, a.boost = guide + batch;
-  if (scores != 0 && gradient != 0) {
-    tilt_weights(pointer<const float>(scores), 1, batch, tilt, normalize_sum, max_weight, guide);
-    for (int64_t b = 0; b < batch; ++b) guide[b] *= static_cast<float>(scale);
-  }
-  if (weights != 0) {
-    for (int64_t b = 0; b < batch; ++b) guide[b] *= pointer<const float>(weights)[b];
-  }
-
-  launch(batch * channels * pixels, threads, [&](int used) {
-    a.threads = used;
-    call_guided_step(a);
-  });
+  return a;
 }
 
-void predict_x0(int64_t batch, int64_t channels, int64_t pixels, uintptr_t x_t, uintptr_t model_output, int output_type,
-                int64_t output_channels, py::handle strides, uintptr_t coefficients, bool clip, uintptr_t out, int out_type,
-                int threads) {
-  StepArguments a{};
-  a.batch = batch, a.channels = channels, a.pixels = pixels;
-  a.x_t = operand(x_t, storage_float32, strides, 0, channels, pixels);
-  a.eps = operand(model_output, output_type, strides, 1, output_channels, pixels);
-  a.out = operand(out, out_type, strides, 2, channels, pixels);
-  a.coefficients = pointer<const float>(coefficients);
-  a.clip = clip;
-  launch(batch * channels * pixels, threads, [&](int used) {
-    a.threads = used;
+PyObject* guided_step(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  if (count != 25) return PyErr_Format(PyExc_TypeError, "guided_step takes 25 arguments, got %zd", count);
+  Arguments in(items);
+  PyObject* strides;
+  StepArguments a = read_common(in, strides);
+  const void* const gradient = in.pointer<const void>();
+  a.gradient = operand(gradient, in.integer(), strides, 2, a.channels, a.pixels);
+  a.noise = operand(in.pointer<const void>(), storage_float32, strides, 3, a.channels, a.pixels);
+  a.out = operand(in.pointer<const void>(), storage_float32, Py_None, 0, a.channels, a.pixels);
+  const float* const weights = in.pointer<const float>();
+  const float* const scores = in.pointer<const float>();
+  a.seeds = in.pointer<const int64_t>();
+  a.variance_max = in.pointer<float>();
+  a.ddim = in.flag();
+  const double scale = in.real(), tilt = in.real(), max_weight = in.real();
+  const bool normalize_sum = in.flag();
+  a.sine_boost = static_cast<float>(in.real());
+  if (PyErr_Occurred()) return nullptr;
+
+  std::vector<float> scratch(2 * a.batch, static_cast<float>(scale));
+  float* const guide = scratch.data();
+  a.guide = guide, a.boost = guide + a.batch;
+  if (scores != nullptr) {
+    tilt_weights(scores, 1, a.batch, tilt, normalize_sum, max_weight, guide);
+    for (int64_t b = 0; b < a.batch; ++b) guide[b] *= static_cast<float>(scale);
+  }
+  if (weights != nullptr) {
+    for (int64_t b = 0; b < a.batch; ++b) guide[b] *= weights[b];
+  }
+  launch(a.batch * a.channels * a.pixels, a.threads, [&](int threads) {
+    a.threads = threads;
+    call_guided_step(a);
+  });
+  Py_RETURN_NONE;
+}
+
+PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  if (count != 13) return PyErr_Format(PyExc_TypeError, "predict_x0 takes 13 arguments, got %zd", count);
+  Arguments in(items);
+  PyObject* strides;
+  StepArguments a = read_common(in, strides);
+  const void* const out = in.pointer<const void>();
+  a.out = operand(out, in.integer(), strides, 2, a.channels, a.pixels);
+  if (PyErr_Occurred()) return nullptr;
+  launch(a.batch * a.channels * a.pixels, a.threads, [&](int threads) {
+    a.threads = threads;
     call_predict_x0(a);
   });
+  Py_RETURN_NONE;
 }
 
 void philox_normal(uintptr_t seeds, int64_t batch, int64_t elements, uint32_t draw, uint32_t stream, uintptr_t out,
                    int threads) {
   launch(batch * elements, threads, [&](int used) {
-    call_philox_normal(pointer<const int64_t>(seeds), batch, elements, draw, stream, pointer<float>(out), used);
+    call_philox_normal(reinterpret_cast<const int64_t*>(seeds), batch, elements, draw, stream,
+                       reinterpret_cast<float*>(out), used);
   });
+}
+
+template <class Function>
+PyMethodDef positional(const char* name, Function function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
 }  // namespace
 
 void bind_step(py::module_& module) {
-  module.def("guided_step", &guided_step);
-  module.def("predict_x0", &predict_x0);
+  static PyMethodDef methods[] = {positional("guided_step", &guided_step), positional("predict_x0", &predict_x0), {}};
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("philox_normal", &philox_normal);
 }
 

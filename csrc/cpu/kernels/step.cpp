@@ -49,11 +49,13 @@ constexpr int64_t normals_buffer = run_length + 4 + 4 * blocks_at_once;
 CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, int64_t n, uint32_t draw, uint32_t stream,
                                           float* buffer) {
   alignas(64) uint64_t words[4][blocks_at_once];
+  PhiloxLanes::Word ramp;
+  for (int lane = 0; lane < lanes; ++lane) ramp[lane] = static_cast<uint64_t>(lane);
   const int64_t begin = first / 4, end = (first + n + 3) / 4;
   for (int64_t block = begin; block < end; block += blocks_at_once) {
     for (int i = 0; i < blocks_at_once; i += lanes) {
-      PhiloxLanes::Word c0, c1 = PhiloxLanes::Word{} + draw, c2 = PhiloxLanes::Word{} + stream, c3 = {};
-      for (int lane = 0; lane < lanes; ++lane) c0[lane] = static_cast<uint64_t>(block + i + lane);
+      PhiloxLanes::Word c0 = ramp + static_cast<uint64_t>(block + i), c1 = PhiloxLanes::Word{} + draw;
+      PhiloxLanes::Word c2 = PhiloxLanes::Word{} + stream, c3 = {};
       philox_rounds<PhiloxLanes>(key, c0, c1, c2, c3);
       memcpy(&words[0][i], &c0, sizeof c0);
       memcpy(&words[1][i], &c1, sizeof c1);
@@ -148,36 +150,42 @@ void flatten_channels(StepArguments& a) {
 
 enum Method { ddpm_fixed, ddpm_learned, ddpm_narrow, ddim };
 
-template <int METHOD, bool GUIDED, bool NOISY>
+template <int METHOD, Guide GUIDE, bool NOISY>
 void step_run(const StepRow& row, float bound, float guide, float boost, const float* x, const float* eps, const float* v,
               const float* g, const float* z, float* out, int64_t n) {
+  constexpr bool guided = GUIDE != Guide::none;
   constexpr bool learns = METHOD == ddpm_learned || METHOD == ddpm_narrow;
   constexpr Deviation deviation = static_cast<Deviation>(METHOD == ddim ? ddpm_fixed : METHOD);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float v_i = learns ? v[i] : 0.0f, g_i = GUIDED ? g[i] : 0.0f, z_i = NOISY ? z[i] : 0.0f;
-    out[i] = METHOD == ddim ? step_ddim<GUIDED, NOISY>(row, bound, guide, x[i], eps[i], g_i, z_i)
-                            : step_ddpm<deviation, GUIDED, NOISY>(row, bound, guide, boost, x[i], eps[i], v_i, g_i, z_i);
+    const float v_i = learns ? v[i] : 0.0f, g_i = guided ? g[i] : 0.0f, z_i = NOISY ? z[i] : 0.0f;
+    out[i] = METHOD == ddim ? step_ddim<guided, NOISY>(row, bound, guide, x[i], eps[i], g_i, z_i)
+                            : step_ddpm<deviation, GUIDE, NOISY>(row, bound, guide, boost, x[i], eps[i], v_i, g_i, z_i);
   }
 }
 
-using StepRun = decltype(&step_run<ddim, false, false>);
+using StepRun = decltype(&step_run<ddim, Guide::none, false>);
 
-template <int METHOD>
-StepRun pick_run(bool guided, bool noisy) {
-  if (guided) return noisy ? step_run<METHOD, true, true> : step_run<METHOD, true, false>;
-  return noisy ? step_run<METHOD, false, true> : step_run<METHOD, false, false>;
+template <int METHOD, Guide GUIDE>
+StepRun pick_run(bool noisy) {
+  return noisy ? step_run<METHOD, GUIDE, true> : step_run<METHOD, GUIDE, false>;
 }
 
-// Whether a run stays within the exponential's narrow range; the bits of |v| order like |v|, with NaN above all.
-bool is_narrow(const StepRow& row, const float* v, int64_t n) {
+template <int METHOD>
+StepRun pick_run(Guide guide, bool noisy) {
+  if (guide == Guide::none) return pick_run<METHOD, Guide::none>(noisy);
+  return guide == Guide::plain ? pick_run<METHOD, Guide::plain>(noisy) : pick_run<METHOD, Guide::boosted>(noisy);
+}
+
+// Whether every v of a run is small; the bits of |v| order like |v|, with NaN above all.
+bool all_small(const StepRow& row, const float* v, int64_t n) {
   int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
     const int32_t magnitude = static_cast<int32_t>(bits_of(v[i]) & 0x7fffffffu);
     largest = magnitude > largest ? magnitude : largest;
   }
-  return float_of(static_cast<uint32_t>(largest)) * fabsf(row.log_sd_span) <= narrow_limit;
+  return is_small(row, float_of(static_cast<uint32_t>(largest)));
 }
 
 float first_variance(const StepArguments& a, const StepRow& row, int64_t image) {
@@ -210,10 +218,11 @@ void guided_step(StepArguments a) {
   const bool guided = a.gradient.data != nullptr;
   const bool noisy = (a.noise.data != nullptr || a.seeds != nullptr) && row.noisy && !(a.ddim && row.ddim_sd == 0.0f);
   const bool learned = a.v.data != nullptr && !a.ddim && (guided || noisy);
-  const StepRun run = a.ddim    ? pick_run<ddim>(guided, noisy)
-                      : learned ? pick_run<ddpm_learned>(guided, noisy)
-                                : pick_run<ddpm_fixed>(guided, noisy);
-  const StepRun narrow_run = pick_run<ddpm_narrow>(guided, noisy);
+  const Guide guide = !guided ? Guide::none : a.variance_max == nullptr ? Guide::plain : Guide::boosted;
+  const StepRun run = a.ddim    ? pick_run<ddim>(guide, noisy)
+                      : learned ? pick_run<ddpm_learned>(guide, noisy)
+                                : pick_run<ddpm_fixed>(guide, noisy);
+  const StepRun narrow_run = pick_run<ddpm_narrow>(guide, noisy);
   const float bound = a.clip ? 1.0f : __builtin_inff();
   // x_t is in the cache already when it is overwritten
   const bool past_cache = a.batch * a.channels * a.pixels * 4 > streamed_bytes && a.out.data != a.x_t.data;
@@ -241,7 +250,7 @@ void guided_step(StepArguments a) {
           z = fetch(a.noise, b, channel, pixel, n, buffers[4]);
         }
         float* out = static_cast<float*>(const_cast<void*>(a.out.data)) + offset_of(a.out, b, channel, pixel);
-        const StepRun chosen = learned && is_narrow(row, v, n) ? narrow_run : run;
+        const StepRun chosen = learned && all_small(row, v, n) ? narrow_run : run;
         chosen(row, bound, guided ? a.guide[b] : 0.0f, a.boost[b], x, eps, v, g, z, past_cache ? buffers[0] : out, n);
         if (past_cache) write_past_cache(buffers[0], n, out);
       }
@@ -253,9 +262,9 @@ void guided_step(StepArguments a) {
 void predict_x0(StepArguments a) {
   const StepRow row = step_row(a.coefficients);
   const float bound = a.clip ? 1.0f : __builtin_inff();
+  flatten_channels(a);
   const bool in_place = a.out.type == storage_float32 && a.out.pixel == 1;
   const bool past_cache = in_place && a.batch * a.channels * a.pixels * 4 > streamed_bytes;
-  flatten_channels(a);
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
