@@ -90,7 +90,7 @@ def kernel_command(source: Path, isa: str, openmp: list[str]) -> list[str]:
 
 
 def cpu_module() -> NativeModule:
-    """`calguide_fast._cpu`: csrc/cpu/kernels/*.cpp once per instruction set, the rest of csrc/cpu and the bindings once."""
+    """`calguide_fast._cpu`: csrc/cpu/kernels once per instruction set, the rest of csrc/cpu and the bindings once."""
     openmp, isas = openmp_flags(), kernel_isas()
     objects = [
         (source, f"{source.stem}.{isa}.o", kernel_command(source, isa, openmp))

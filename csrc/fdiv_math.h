@@ -55,6 +55,8 @@ struct ClassTerms {
 // What a class's terms need to know of q and of the order a: made once for the label and once for the other classes.
 struct ClassWeight {
   float q;
+  float half_q;
+  float q_or_tiny;  // keeps log(p + q) finite where both are 0 and all it meets is 0
   float log_q;
   float root_q;
   float inverse_q;     // 0 where q is 0
@@ -70,6 +72,8 @@ struct ClassWeight {
 CALGUIDE_INLINE ClassWeight class_weight(double q, double log_q, double root_q, double order) {
   ClassWeight weight = {};
   weight.q = static_cast<float>(q);
+  weight.half_q = 0.5f * weight.q;
+  weight.q_or_tiny = weight.q > 1e-37f ? weight.q : 1e-37f;
   weight.log_q = static_cast<float>(log_q);
   weight.root_q = static_cast<float>(root_q);
   weight.inverse_q = static_cast<float>(q > 0.0 ? 1.0 / q : 0.0);
@@ -95,12 +99,9 @@ CALGUIDE_INLINE ClassTerms class_terms(float p, float d, float log_s, const Clas
   if constexpr (D == divergence_js) {
     // phi = (t log t - (t + 1) log((t + 1) / 2)) / 2: one log per class, never that of a clamped ratio
     const float log_2 = 0.693147181f;
-    // the addend matters only where p + q is 0 and everything it meets is 0
-    const float log_sum = log_normal(p + of.q + 1e-37f);
-    const float log_p = d - log_s;
-    const float from_p = p * ((log_p + log_2) - log_sum);
-    const float from_q = of.q * ((of.log_q + log_2) - log_sum);
-    return {0.5f * from_p, 0.5f * (from_p + from_q)};
+    const float log_sum = log_normal(p + of.q_or_tiny);
+    const float w = 0.5f * p * ((d - (log_s - log_2)) - log_sum);
+    return {w, w + of.half_q * ((of.log_q + log_2) - log_sum)};
   } else if constexpr (D == divergence_hellinger) {
     // phi = (sqrt t - 1)^2
     const float root = __builtin_sqrtf(p);

@@ -35,8 +35,8 @@ def guidance_gradient(
     """Gradient (B, C) in the logits' dtype and statistics (5, B) fp32; a label out of range is a ValueError."""
     batch, classes = logits.shape
     row_stride, class_stride = logits.stride()
-    grad = torch.empty((batch, classes), dtype=logits.dtype) if out is None else out
-    stats = torch.empty((5, batch))
+    grad = torch.empty(batch, classes, dtype=logits.dtype) if out is None else out
+    stats = torch.empty(5, batch)
     bad_row = _cpu.guidance_gradient(
         logits.data_ptr(),
         row_stride,

@@ -84,7 +84,7 @@ def error(actual, expected):
 
 
 def gradient_error(actual, expected, case):
-    """error(), but where phi is a power the gradient is a difference of terms as large as the row's largest gradient."""
+    """error(), but a power divergence's gradient is a difference of terms as large as the row's largest gradient."""
     if actual.numel() and case[0] in (CHI2, NEYMAN_CHI2, ALPHA):
         scale = expected.abs().amax(1, keepdim=True).clamp(min=1)
         return error(actual.double() / scale, expected / scale)
@@ -254,9 +254,9 @@ def test_dtypes(dtype, case):
     # one rounding to the storage type and what the kernel adds before it
     rounding = (grad.double() - expected_grad).abs() / expected_grad.abs().clamp(min=torch.finfo(dtype).smallest_normal)
     tolerance = 0.51 * torch.finfo(dtype).eps
-    largest = (
-        expected_grad.abs().amax(1, keepdim=True) if case[0] in (CHI2, NEYMAN_CHI2, ALPHA) else expected_grad.abs()
-    )
+    largest = expected_grad.abs()
+    if case[0] in (CHI2, NEYMAN_CHI2, ALPHA):
+        largest = largest.amax(1, keepdim=True)
     floor = (grad.double() - expected_grad).abs() < 5e-6 * largest.clamp(min=1)
     # a neyman_chi2 of float16 goes beyond 65504
     overflow = (expected_grad.abs() > torch.finfo(dtype).max) & (grad.double() == expected_grad.sign() * math.inf)
@@ -334,7 +334,8 @@ def test_alpha_zero_still_reports_the_divergence():
     logits[0, 0] = -300.0
     grad, stats = kernel(logits, labels, NEYMAN_CHI2, alpha=0.0)
     expected, _ = kernel(logits, labels, NONE)
-    assert torch.equal(grad, expected)
+    # the sums are taken in another order where a class without probability has infinite terms
+    assert torch.allclose(grad, expected, rtol=1e-6, atol=1e-7)
     assert stats[3, 0] == math.inf and stats[0].isfinite().all()
 
 

@@ -26,9 +26,8 @@ constexpr int64_t block_length = 64 * 8;
 #else
 constexpr int64_t block_length = 64 * 4;
 #endif
-// a padding logit: its exponential is 0 at any temperature, and it stays finite less any logit the fast path admits
+// a padding logit: its exponential is 0 at any temperature
 constexpr float padding = -1e38f;
-constexpr float largest_fast_logit = 1e37f;
 // rows up to this long use buffers on the stack
 constexpr int64_t stack_classes = 2048;
 // below this many elements a thread costs more than it saves
@@ -104,7 +103,7 @@ ExpSums exp_pass(const Row& row, int64_t count, float temperature) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
   float* e = static_cast<float*>(__builtin_assume_aligned(row.e, 64));
   float* e2 = static_cast<float*>(__builtin_assume_aligned(row.e2, 64));
-  const float max = row.max;
+  const float max = row.max, log2_e = 1.44269504f, scale = temperature * log2_e;
   ExpSums total = {};
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
@@ -114,15 +113,15 @@ ExpSums exp_pass(const Row& row, int64_t count, float temperature) {
       const float d = x[i] - max;
       float exponential;
       if constexpr (M == marginal_half) {
-        const float half = exp_below_88(0.5f * d);
+        const float half = exp2_product(d, 0.5f * log2_e);
         exponential = half * half;
         e[i] = half;
         s2 += half;
       } else {
-        exponential = exp_below_88(d);
+        exponential = exp2_product(d, log2_e);
         e[i] = exponential;
         if constexpr (M == marginal_general) {
-          const float other = exp_below_88(temperature * d);
+          const float other = exp2_product(d, scale);
           e2[i] = other;
           s2 += other;
         }
@@ -168,7 +167,7 @@ TermSums term_pass(const Row& row, int64_t count, float inverse_s, float log_s, 
   return total;
 }
 
-template <Marginal M, bool HasW, class T>
+template <Marginal M, bool HasLog, bool HasW, class T>
 void gradient_pass(const Row& row, const Gradient& gradient, T* grad) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
   const float* e = static_cast<const float*>(__builtin_assume_aligned(row.e, 64));
@@ -179,7 +178,7 @@ void gradient_pass(const Row& row, const Gradient& gradient, T* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < row.count; ++i) {
     const float exponential = M == marginal_half ? e[i] * e[i] : e[i];
-    float g = exponential * (b1 * (x[i] - max) + b0) + c0;
+    float g = exponential * (HasLog ? b1 * (x[i] - max) + b0 : b0) + c0;
     if constexpr (M == marginal_half) g += a2 * e[i];
     if constexpr (M == marginal_general) g += a2 * e2[i];
     if constexpr (HasW) g -= alpha * w[i];
@@ -204,16 +203,22 @@ void overflow_pass(const Row& row, const Gradient& gradient, Marginal marginal, 
   }
 }
 
+template <Marginal M, class T>
+void write_marginal(const Row& row, const Gradient& gradient, T* grad) {
+  const bool has_log = gradient.b1 != 0.0f;
+  if (gradient.has_w) {
+    return has_log ? gradient_pass<M, true, true>(row, gradient, grad) : gradient_pass<M, false, true>(row, gradient, grad);
+  }
+  return has_log ? gradient_pass<M, true, false>(row, gradient, grad) : gradient_pass<M, false, false>(row, gradient, grad);
+}
+
 template <class T>
 void write_form(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
   if (gradient.overflows) return overflow_pass(row, gradient, marginal, grad);
-  switch (marginal * 2 + gradient.has_w) {
-    case marginal_same * 2: return gradient_pass<marginal_same, false>(row, gradient, grad);
-    case marginal_same * 2 + 1: return gradient_pass<marginal_same, true>(row, gradient, grad);
-    case marginal_half * 2: return gradient_pass<marginal_half, false>(row, gradient, grad);
-    case marginal_half * 2 + 1: return gradient_pass<marginal_half, true>(row, gradient, grad);
-    case marginal_general * 2: return gradient_pass<marginal_general, false>(row, gradient, grad);
-    default: return gradient_pass<marginal_general, true>(row, gradient, grad);
+  switch (marginal) {
+    case marginal_same: return write_marginal<marginal_same>(row, gradient, grad);
+    case marginal_half: return write_marginal<marginal_half>(row, gradient, grad);
+    default: return write_marginal<marginal_general>(row, gradient, grad);
   }
 }
 
@@ -294,8 +299,9 @@ Peak find_peak(const Row& row, Marginal marginal) {
 
 double at_least_zero(double value) { return value < 0.0 ? 0.0 : value; }
 
-// statistics of row b, and the gradient's form; pads the row
-Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64_t b) {
+// Pads row b and finds its statistics and its gradient's form. False, having changed nothing else, if a logit is not finite
+// (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of them.
+bool solve_row(const Settings& settings, const Prior& prior, const Row& row, int64_t b, Gradient& gradient) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int divergence = arguments.divergence;
   const bool kl_family = is_kl_family(divergence);
@@ -309,6 +315,7 @@ Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64
   const int64_t count = pads ? padded : row.count;
 
   const ExpSums sums = exponentials(row, count, settings, sum_d);
+  if (!(isfinite(sums.ed) && (isfinite(row.label_d) || !row.has_label))) return false;
   const double label_e = row.has_label ? exp(row.label_d) : 0.0;
   const double s = sums.s + label_e;
   // log1p keeps what is left when the label has nearly everything
@@ -332,7 +339,7 @@ Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64
   double lambda = arguments.entropy_weight;
   if (arguments.adaptive_entropy && prior.n > 1) lambda *= 1.0 - entropy / prior.log_n;
 
-  Gradient gradient = {};
+  gradient = {};
   gradient.peak = -1;
   gradient.inverse_s = static_cast<float>(1.0 / s);
   // divergence's part of: b0 * s, b1 * s, c0 and the label's gradient
@@ -412,29 +419,28 @@ Gradient solve_row(const Settings& settings, const Prior& prior, Row& row, int64
   arguments.stats[2 * batch + b] = static_cast<float>(entropy);
   arguments.stats[3 * batch + b] = static_cast<float>(value);
   arguments.stats[4 * batch + b] = static_cast<float>(row.has_label ? log_p : -INFINITY);
-  return gradient;
+  return true;
 }
 
-struct Extent {
-  float max;
-  float magnitude;  // largest |x|; NaN or inf when there is one
-};
-
+// copies a row and returns its largest logit, NaNs ignored
 template <bool Contiguous, class T>
-Extent load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) {
+float load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) {
   float* x = static_cast<float*>(__builtin_assume_aligned(buffer, 64));
   float max = -INFINITY;
-  // as integers, magnitudes order like floats, with inf and NaN above all
-  int32_t magnitude = 0;
-#pragma omp simd reduction(max : max, magnitude)
+#pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < classes; ++i) {
     const float value = load_float(logits[Contiguous ? i : i * stride]);
     x[i] = value;
     max = value > max ? value : max;
-    const int32_t bits = static_cast<int32_t>(bits_of(value) & 0x7fffffffu);
-    magnitude = bits > magnitude ? bits : magnitude;
   }
-  return {max, float_of(static_cast<uint32_t>(magnitude))};
+  return max;
+}
+
+template <class T>
+float load_row(const GuidanceArguments& arguments, int64_t b, float* buffer) {
+  const T* logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
+  return arguments.class_stride == 1 ? load_row<true>(logits, 1, arguments.classes, buffer)
+                                     : load_row<false>(logits, arguments.class_stride, arguments.classes, buffer);
 }
 
 template <class T>
@@ -475,7 +481,8 @@ void unusual_row(const Settings& settings, Row row, int64_t label, int64_t b, T*
     row.x[row.count++] = d < -1e30f ? -1e30f : d;
   }
   const Prior prior = make_prior(settings, finite, row.has_label);
-  const Gradient gradient = solve_row(settings, prior, row, b);
+  Gradient gradient;
+  solve_row(settings, prior, row, b, gradient);
   write_gradient(row, gradient, settings.marginal, compact);
   for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
   store_float(grad + label, static_cast<float>(gradient.label));
@@ -486,23 +493,21 @@ void unusual_row(const Settings& settings, Row row, int64_t label, int64_t b, T*
 template <class T>
 void guide_row(const Settings& settings, const Prior& prior, Row row, int64_t b) {
   const GuidanceArguments& arguments = *settings.arguments;
-  const int64_t classes = arguments.classes, last = classes - 1;
+  const int64_t last = arguments.classes - 1;
   const int64_t label = arguments.labels[b * arguments.label_stride];
-  const T* logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
-  T* grad = static_cast<T*>(arguments.grad) + b * classes;
-  const Extent extent = arguments.class_stride == 1
-                            ? load_row<true>(logits, 1, classes, row.x)
-                            : load_row<false>(logits, arguments.class_stride, classes, row.x);
-  if (!(extent.magnitude <= largest_fast_logit)) return unusual_row(settings, row, label, b, grad);
-
+  T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
+  row.max = load_row<T>(arguments, b, row.x);
   row.has_label = true;
-  row.max = extent.max;
   row.label_logit = row.x[label];
-  row.label_d = row.label_logit - extent.max;
+  row.label_d = row.label_logit - row.max;
   // the last class takes the label's place, and goes home at the end
   row.x[label] = row.x[last];
   row.count = last;
-  const Gradient gradient = solve_row(settings, prior, row, b);
+  Gradient gradient;
+  if (!solve_row(settings, prior, row, b, gradient)) {
+    load_row<T>(arguments, b, row.x);
+    return unusual_row(settings, row, label, b, grad);
+  }
   write_gradient(row, gradient, settings.marginal, grad);
   if (label < last) grad[last] = grad[label];
   store_float(grad + label, static_cast<float>(gradient.label));

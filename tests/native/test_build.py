@@ -1,0 +1,95 @@
+"""What the build promises: safe instruction-set variants, one OpenMP runtime, errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calguide_fast.backends import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module."""
+    for requirement in ("pybind11", "ninja"):
+        pytest.importorskip(requirement, reason=f"{requirement} is only needed to build, and is not installed here")
+    spec = importlib.util.spec_from_file_location("calguide_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    # its dataclass looks its own module up by name
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm, which lists an object's symbols, is not installed")
+@pytest.mark.skipif(cpu._cpu.isas()[0] == "baseline", reason="only one instruction set here: nothing to mix up")
+@pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.stem)
+def test_kernels_share_no_code_between_instruction_sets(build, source, tmp_path):
+    isa = cpu._cpu.isas()[0]
+    target = tmp_path / "kernel.o"
+    # less inlining than in the real build makes more functions that could be shared
+    command = [*build.kernel_command(source, isa, build.openmp_flags()), "-O1", "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    listing = subprocess.run(["nm", "--defined-only", str(target)], check=True, capture_output=True, text=True).stdout
+    symbols = [line.split()[1:] for line in listing.splitlines()]
+    shared = [name for kind, name in symbols if kind.isupper() or kind in "uvw"]
+    assert shared, "the kernel defines no entry point"
+    assert all(f"N8calguide2{isa}" in name for name in shared), shared
+    assert not [name for kind, name in symbols if kind in "VvWwu"]
+
+
+def test_no_kernel_source_is_missed():
+    assert "guidance" in [source.stem for source in KERNELS]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what a process has loaded")
+def test_one_openmp_runtime():
+    code = (
+        "import torch\n"
+        "from calguide_fast import _cpu\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
+        "print([p for p in paths if 'gomp' in p or 'iomp' in p or 'libomp' in p])\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert len(eval(done.stdout)) == 1, done.stdout
+
+
+@pytest.mark.parametrize("isa", cpu._cpu.isas())
+def test_instruction_set_can_be_chosen(isa):
+    done = run("import torch\nfrom calguide_fast import _cpu\nprint(_cpu.isa())", CALGUIDE_CPU_ISA=isa)
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_unknown_instruction_set_is_an_import_error():
+    done = run("import torch\nfrom calguide_fast import _cpu", CALGUIDE_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "ImportError: CALGUIDE_CPU_ISA is 'sse9'; this machine and build can run: " in done.stderr
+
+
+def test_missing_compiler_says_what_to_install(build, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="needs a C\\+\\+17 compiler.*no-such-compiler.*apt install g\\+\\+"):
+        build.cxx()
+
+
+def test_compiler_without_openmp_still_builds(build, monkeypatch, capsys):
+    accepts = build.accepts
+    monkeypatch.setattr(build, "accepts", lambda flags, *source: "-fopenmp" not in flags and accepts(flags, *source))
+    module = build.cpu_module()
+    assert "-fopenmp" not in module.link
+    assert not any("-fopenmp" in command for _, _, command in module.objects)
+    assert "one thread" in capsys.readouterr().out
