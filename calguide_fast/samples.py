@@ -15,7 +15,7 @@ from calguide_fast.guidance import ImageGradient
 from calguide_fast.schedule import Timeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagnostics:
     """What guidance did at each of K steps, in order of use, to each of N images; NaN where it was off.
 
@@ -49,7 +49,7 @@ class Diagnostics:
         self.tilt_weight[index, images] = 1.0 if tilt_weight is None else tilt_weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """N generated images.
 

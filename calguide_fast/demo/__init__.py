@@ -1,0 +1,1 @@
+"""Guided sampling end to end on real data: scikit-learn's handwritten digits."""
