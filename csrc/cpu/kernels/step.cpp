@@ -63,8 +63,9 @@ CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, i
     float* z = buffer + 4 * (block - begin);
 #pragma omp simd
     for (int i = 0; i < blocks_at_once; ++i) {
-      philox_normal_pair(static_cast<uint32_t>(words[0][i]), static_cast<uint32_t>(words[1][i]), z + 4 * i, z + 4 * i + 1);
-      philox_normal_pair(static_cast<uint32_t>(words[2][i]), static_cast<uint32_t>(words[3][i]), z + 4 * i + 2, z + 4 * i + 3);
+      const auto word = [&](int w) { return static_cast<uint32_t>(words[w][i]); };
+      philox_normal_pair(word(0), word(1), z + 4 * i, z + 4 * i + 1);
+      philox_normal_pair(word(2), word(3), z + 4 * i + 2, z + 4 * i + 3);
     }
   }
   return buffer + first % 4;
