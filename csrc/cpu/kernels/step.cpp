@@ -18,8 +18,6 @@ namespace calguide {
 namespace {
 
 constexpr int64_t run_length = 1024;
-// a larger output leaves the cache before anything reads it, so it is written past the cache
-constexpr int64_t streamed_bytes = int64_t{1} << 21;
 
 // Lanes of Philox words, for which a round's product is one instruction.
 struct PhiloxLanes {
@@ -65,8 +63,9 @@ CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, i
     float* z = buffer + 4 * (block - begin);
 #pragma omp simd
     for (int i = 0; i < blocks_at_once; ++i) {
-      philox_normal_pair(static_cast<uint32_t>(words[0][i]), static_cast<uint32_t>(words[1][i]), z + 4 * i, z + 4 * i + 1);
-      philox_normal_pair(static_cast<uint32_t>(words[2][i]), static_cast<uint32_t>(words[3][i]), z + 4 * i + 2, z + 4 * i + 3);
+      const auto word = [&](int w) { return static_cast<uint32_t>(words[w][i]); };
+      philox_normal_pair(word(0), word(1), z + 4 * i, z + 4 * i + 1);
+      philox_normal_pair(word(2), word(3), z + 4 * i + 2, z + 4 * i + 3);
     }
   }
   return buffer + first % 4;
@@ -109,29 +108,6 @@ const float* fetch(const Operand& a, int64_t image, int64_t channel, int64_t pix
     gather(static_cast<const Float16*>(a.data) + at, a.pixel, n, buffer);
   }
   return buffer;
-}
-
-// Write n values past the cache; the lines that a run shares with its neighbours are written plainly.
-void write_past_cache(const float* from, int64_t n, float* to) {
-  int64_t i = 0;
-#if defined(__SSE2__)
-  while (i < n && (reinterpret_cast<uintptr_t>(to + i) & 63) != 0) to[i] = from[i], ++i;
-  for (; i + 16 <= n; i += 16) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
-#else
-    for (int64_t j = i; j < i + 16; j += 4) _mm_stream_ps(to + j, _mm_loadu_ps(from + j));
-#endif
-  }
-#endif
-  for (; i < n; ++i) to[i] = from[i];
-}
-
-// order the writes past the cache before whatever follows
-CALGUIDE_INLINE void finish_writes() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 // One long channel where all operands allow, so that small channels do not make short runs.
@@ -224,8 +200,6 @@ void guided_step(StepArguments a) {
                                 : pick_run<ddpm_fixed>(guide, noisy);
   const StepRun narrow_run = pick_run<ddpm_narrow>(guide, noisy);
   const float bound = a.clip ? 1.0f : __builtin_inff();
-  // x_t is in the cache already when it is overwritten
-  const bool past_cache = a.batch * a.channels * a.pixels * 4 > streamed_bytes && a.out.data != a.x_t.data;
   flatten_channels(a);
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
@@ -251,11 +225,9 @@ void guided_step(StepArguments a) {
         }
         float* out = static_cast<float*>(const_cast<void*>(a.out.data)) + offset_of(a.out, b, channel, pixel);
         const StepRun chosen = learned && all_small(row, v, n) ? narrow_run : run;
-        chosen(row, bound, guided ? a.guide[b] : 0.0f, a.boost[b], x, eps, v, g, z, past_cache ? buffers[0] : out, n);
-        if (past_cache) write_past_cache(buffers[0], n, out);
+        chosen(row, bound, guided ? a.guide[b] : 0.0f, a.boost[b], x, eps, v, g, z, out, n);
       }
     }
-    finish_writes();
   }
 }
 
@@ -264,7 +236,6 @@ void predict_x0(StepArguments a) {
   const float bound = a.clip ? 1.0f : __builtin_inff();
   flatten_channels(a);
   const bool in_place = a.out.type == storage_float32 && a.out.pixel == 1;
-  const bool past_cache = in_place && a.batch * a.channels * a.pixels * 4 > streamed_bytes;
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -279,12 +250,10 @@ void predict_x0(StepArguments a) {
         const float* eps = fetch(a.eps, b, channel, pixel, n, buffers[1]);
         void* out = const_cast<void*>(a.out.data);
         const int64_t at = offset_of(a.out, b, channel, pixel);
-        float* x0 = in_place && !past_cache ? static_cast<float*>(out) + at : buffers[0];
+        float* x0 = in_place ? static_cast<float*>(out) + at : buffers[0];
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) x0[i] = step_x0(row, x[i], eps[i], bound);
-        if (past_cache) {
-          write_past_cache(x0, n, static_cast<float*>(out) + at);
-        } else if (a.out.type == storage_bfloat16) {
+        if (a.out.type == storage_bfloat16) {
           scatter(x0, n, static_cast<BFloat16*>(out) + at, a.out.pixel);
         } else if (a.out.type == storage_float16) {
           scatter(x0, n, static_cast<Float16*>(out) + at, a.out.pixel);
@@ -293,7 +262,6 @@ void predict_x0(StepArguments a) {
         }
       }
     }
-    finish_writes();
   }
 }
 
