@@ -1,9 +1,10 @@
 // The step kernels on the CPU: predict_x0, guided_step and the noise they draw.
 //
-// Work is cut into runs of pixels of one channel of one image, small enough for the first-level cache. Operands that are
-// contiguous fp32 are read in place; any other stride or type is gathered into a buffer first, so one vector body serves all.
-// No result depends on how the work was cut: an element sees its own operands, its image's scalars and its own noise counter.
-// Compiled with -ffp-contract=off: the noise needs it, and with it every instruction set gives the same bits.
+// Work is cut into runs of pixels of one channel of one image, small enough for the first-level cache. Operands that
+// are contiguous fp32 are read in place; any other stride or type is gathered into a buffer first, so one vector body
+// serves all. No result depends on how the work was cut: an element sees its own operands, its image's scalars and its
+// own noise counter. Compiled with -ffp-contract=off: the noise needs it, and with it every instruction set gives the
+// same bits.
 #include "cpu/step.h"
 
 #include "philox.h"
@@ -44,8 +45,8 @@ constexpr int blocks_at_once = 16;
 constexpr int64_t normals_buffer = run_length + 4 + 4 * blocks_at_once;
 
 // Normals of elements first .. first + n - 1 of one image; returns where in the buffer the first of them is.
-CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, int64_t n, uint32_t draw, uint32_t stream,
-                                          float* buffer) {
+CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, int64_t n, uint32_t draw,
+                                          uint32_t stream, float* buffer) {
   alignas(64) uint64_t words[4][blocks_at_once];
   PhiloxLanes::Word ramp;
   for (int lane = 0; lane < lanes; ++lane) ramp[lane] = static_cast<uint64_t>(lane);
@@ -127,8 +128,8 @@ void flatten_channels(StepArguments& a) {
 enum Method { ddpm_fixed, ddpm_learned, ddpm_narrow, ddim };
 
 template <int METHOD, Guide GUIDE, bool NOISY>
-void step_run(const StepRow& row, float bound, float guide, float boost, const float* x, const float* eps, const float* v,
-              const float* g, const float* z, float* out, int64_t n) {
+void step_run(const StepRow& row, float bound, float guide, float boost, const float* x, const float* eps,
+              const float* v, const float* g, const float* z, float* out, int64_t n) {
   constexpr bool guided = GUIDE != Guide::none;
   constexpr bool learns = METHOD == ddpm_learned || METHOD == ddpm_narrow;
   constexpr Deviation deviation = static_cast<Deviation>(METHOD == ddim ? ddpm_fixed : METHOD);
