@@ -118,6 +118,7 @@ class Guidance:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = classifier(x)
+        checks.floating("logits", logits)
         logit_grad, stats = gradient_and_stats(logits.detach(), labels, self.settings)
         scalars = GuidanceStats(*stats.unbind(0))
         if self.entropy_scaling is not None:

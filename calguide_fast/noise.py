@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,19 +28,28 @@ def as_seeds(seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
     if isinstance(seeds, Tensor):
         if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
             raise TypeError(f"seeds has dtype {seeds.dtype}; it must be an integer type")
-        numbers = seeds.tolist() if seeds.ndim else [int(seeds)]
+        if seeds.ndim != 1:
+            raise ValueError(f"seeds has shape {tuple(seeds.shape)}; it must be ({count},), one for each image")
+        numbers = seeds.tolist()
     elif isinstance(seeds, int):
         raise TypeError(
             f"seeds={seeds!r} must hold one seed for each image, for example range({seeds}, {seeds + count})"
         )
     else:
-        numbers = [int(seed) for seed in seeds]
+        numbers = [_integer(seed) for seed in seeds]
     if len(numbers) != count:
         raise ValueError(f"seeds has {len(numbers)} entries for {count} images")
     for seed in numbers:
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed {seed} does not fit 64 bits")
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in numbers], dtype=torch.int64)
+
+
+def _integer(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seeds must be integers, got {seed!r}") from None
 
 
 def draw_labels(seeds: Tensor, num_classes: int) -> Tensor:

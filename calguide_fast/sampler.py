@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from calguide_fast.guidance import SETTINGS, Guidance, ImageGradient
 from calguide_fast.noise import as_seeds, draw_labels
-from calguide_fast.ops.checks import check_labels
+from calguide_fast.ops.checks import check_labels, number
+from calguide_fast.ops.guidance import GuidanceStats
 from calguide_fast.ops.noise import sampling_noise
 from calguide_fast.ops.step import METHODS, guided_step, predict_x0
 from calguide_fast.ops.tilt import tilt_weights
@@ -49,8 +50,8 @@ class FDivSampler:
     Args:
         model: ``model(x_t, t, **model_kwargs)`` returns ε̂ (B, C, *spatial) or ε̂ and v (B, 2C, *spatial); ``t`` is
             (B,) int64, the original timestep. A class-conditional model gets ``y=labels`` too.
-        classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``; returns (B, num_classes)
-            logits and is differentiable.
+        classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``; returns logits
+            (B, num_classes) and is differentiable.
         guidance: a :class:`Guidance`, or None to sample without. Its fields may be given as keywords instead:
             ``FDivSampler(model, classifier, divergence="js", alpha=0.5)``.
         schedule: ``"linear"``, ``"cosine"``, a :class:`calguide_fast.schedule.Schedule` or a (T,) table of betas.
@@ -60,7 +61,7 @@ class FDivSampler:
             (guided-diffusion's convention).
         cfg_scale: classifier-free guidance ε̂ = ε̂_u + w (ε̂_c − ε̂_u); 1 is the conditional model by itself.
         null_class: the label that makes the model unconditional, for ``cfg_scale``.
-        class_conditional: whether the model takes ``y``; read off ``model.num_classes`` if not given.
+        class_conditional: whether the model takes ``y``; read off ``model.class_conditional`` if not given.
         num_classes: of the labels; read off the classifier or the model if not given.
         shape: (C, *spatial) of one image; read off ``model.in_channels`` and ``model.image_size`` if not given.
         variance: ``"fixed_small"`` or ``"fixed_large"``, for models that predict no v.
@@ -106,13 +107,13 @@ class FDivSampler:
         self.cond_fn = cond_fn
         self.schedule = Schedule.of(schedule)
         self.classifier_input = classifier_input
-        self.cfg_scale = float(cfg_scale)
+        self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
         self.class_conditional = _read(class_conditional, model, "class_conditional", False)
         self.num_classes = _read(num_classes, classifier, "num_classes", _read(None, model, "num_classes", None))
         self.shape = _image_shape(shape, model)
         self.variance = variance
-        self.eta = eta
+        self.eta = number("eta", eta, low=0.0)
         self.clip_denoised = clip_denoised
         self.classifier_transform = classifier_transform
         self.model_kwargs = dict(model_kwargs or {})
@@ -132,9 +133,11 @@ class FDivSampler:
             raise ValueError("give a classifier or a cond_fn, not both")
         if self.guidance is not None and self.classifier is None and self.cond_fn is None:
             raise ValueError("guidance needs a classifier or a cond_fn; guidance=None samples without")
-        if self.cond_fn is not None and self.guidance is not None:
-            if self.guidance.tilt or self.guidance.entropy_scaling is not None:
-                raise ValueError("tilt and entropy_scaling need a classifier's logits, which a cond_fn does not show")
+        needs_logits = self.guidance is not None and (self.guidance.tilt or self.guidance.entropy_scaling is not None)
+        if self.cond_fn is not None and needs_logits:
+            raise ValueError("tilt and entropy_scaling need a classifier's logits, which a cond_fn does not show")
+        if self.classifier_transform is not None and (self.classifier is None or self.classifier_input != "x0"):
+            raise ValueError("classifier_transform needs a classifier with classifier_input='x0'")
         if self.cfg_scale != 1.0 and (self.null_class is None or not self.class_conditional):
             raise ValueError(f"cfg_scale={self.cfg_scale!r} needs a class-conditional model and its null_class")
         for name in ("model", "classifier"):
@@ -176,7 +179,7 @@ class FDivSampler:
         if method == "ddim" and self.guidance is not None and self.guidance.sine_boost:
             raise ValueError("sine_boost belongs to method='ddpm'")
         timeline = self.schedule.respaced(steps)
-        count = labels if isinstance(labels, int) else len(labels)
+        count = _count(labels)
         seeds = as_seeds(seeds, count)
         labels = self._labels(labels, seeds)
         batch_size = count if batch_size is None else batch_size
@@ -225,7 +228,7 @@ class FDivSampler:
         for index, k in enumerate(reversed(range(len(timeline)))):
             timestep, sigma = int(timeline.timesteps[k]), float(timeline.sigmas[k])
             t = torch.full((len(x_t),), timestep, device=self.device)
-            model_output = self._predict(x_t, t, run.labels)
+            model_output = _at_most_float32(self._predict(x_t, t, run.labels))
 
             x0 = found = scores = None
             if guidance is not None and guidance.guides_at(sigma):
@@ -275,25 +278,30 @@ class FDivSampler:
 
     def _predict_x0(self, x_t: Tensor, model_output: Tensor, coefficients: Tensor) -> Tensor:
         """x̂₀ as the classifier wants it."""
-        return predict_x0(
-            x_t, model_output, coefficients, self.clip_denoised, self._classifier_dtype, self._classifier_layout
-        )
+        dtype = torch.float32 if self._classifier_dtype == torch.float64 else self._classifier_dtype
+        return predict_x0(x_t, model_output, coefficients, self.clip_denoised, dtype, self._classifier_layout)
 
     def _image_gradient(self, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
         if self.cond_fn is not None:
-            return ImageGradient(self.cond_fn(x, t, y=labels, **self.model_kwargs), None)
+            return ImageGradient(_at_most_float32(self.cond_fn(x, t, y=labels, **self.model_kwargs)), None)
+        x = x.to(self._classifier_dtype, memory_format=self._classifier_layout)
+        gradient, stats = self.guidance.image_gradient(self._classify(t), x, labels)
+        return ImageGradient(_at_most_float32(gradient), GuidanceStats(*map(_at_most_float32, stats)))
+
+    def _classify(self, t: Tensor) -> Callable[[Tensor], Tensor]:
+        """Logits as a function of the image alone."""
         if self.classifier_input == "xt":
-            return self.guidance.image_gradient(lambda x_t: self.classifier(x_t, t), x, labels)
+            return lambda x_t: self.classifier(x_t, t)
         if self.classifier_transform is None:
-            return self.guidance.image_gradient(self.classifier, x, labels)
-        return self.guidance.image_gradient(lambda x0: self.classifier(self.classifier_transform(x0)), x, labels)
+            return self.classifier
+        return lambda x0: self.classifier(self.classifier_transform(x0))
 
     def _draws(self, noise: Noise | None, run: _Batch) -> Iterator[Tensor | None]:
         """x_T, then each step's noise in order of use; None where the seeds are to be used."""
         if noise is None:
             return itertools.repeat(None)
         if isinstance(noise, Tensor):
-            return (draw[run.images].to(self.device) for draw in noise)
+            return (draw[run.images].to(self.device, torch.float32) for draw in noise)
         return (self._checked(noise(), run) for _ in itertools.count())
 
     def _checked(self, draw: Tensor, run: _Batch) -> Tensor:
@@ -303,14 +311,15 @@ class FDivSampler:
         return draw.to(self.device, torch.float32)
 
     def _labels(self, labels: int | Sequence[int] | Tensor, seeds: Tensor) -> Tensor:
-        if isinstance(labels, int):
+        if _is_count(labels):
             if self.num_classes is None:
                 raise ValueError("to draw labels the sampler must know num_classes; give it or the labels themselves")
             return draw_labels(seeds, self.num_classes)
-        labels = torch.as_tensor(labels).cpu()
+        labels = torch.as_tensor(labels)
         if labels.ndim != 1 or (labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool)):
             raise ValueError(f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        labels = labels.long()
+        # a copy: one made in inference mode could not take part in a classifier's backward pass
+        labels = labels.to("cpu", torch.int64, copy=True)
         if self.num_classes is not None:
             check_labels(labels, self.num_classes)
         return labels
@@ -333,6 +342,26 @@ def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, 
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(f"guidance must be a Guidance or None, got {type(guidance).__name__}")
     return guidance
+
+
+def _is_count(labels: Any) -> bool:
+    return isinstance(labels, (int, np.integer)) and not isinstance(labels, bool)
+
+
+def _count(labels: int | Sequence[int] | Tensor) -> int:
+    """How many images ``labels`` asks for."""
+    if not _is_count(labels):
+        if not hasattr(labels, "__len__"):
+            raise TypeError(f"labels={labels!r} must be (N,) integers, or the number N of images")
+        return len(labels)
+    if labels < 0:
+        raise ValueError(f"labels={labels} must not be negative, as a number of images")
+    return int(labels)
+
+
+def _at_most_float32(tensor: Tensor) -> Tensor:
+    """What a float64 network gives, in the precision of x_t."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _read(value: Any, module: Any, name: str, default: Any) -> Any:

@@ -15,7 +15,7 @@ from calguide_fast.guidance import ImageGradient
 from calguide_fast.schedule import Timeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagnostics:
     """What guidance did at each of K steps, in order of use, to each of N images; NaN where it was off.
 
@@ -49,7 +49,7 @@ class Diagnostics:
         self.tilt_weight[index, images] = 1.0 if tilt_weight is None else tilt_weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """N generated images.
 
@@ -76,7 +76,9 @@ class Samples:
         return pixels.movedim(1, -1).contiguous().cpu()
 
     def save_npz(self, path: str | Path) -> Path:
-        """Write what OpenAI's evaluator reads: ``arr_0`` the uint8 images, ``arr_1`` the labels; and ``seeds``, ``batch_size``.
+        """Write what OpenAI's evaluator reads, ``arr_0`` the uint8 images and ``arr_1`` the labels; and the seeds.
+
+        The file also holds ``seeds`` and ``batch_size``, which reproduce the images.
 
         Args:
             path: a file, or an existing folder, in which the file is named ``samples_NxHxWxC.npz``.
@@ -102,7 +104,7 @@ class Samples:
             zoom: pixels in the picture for one of the image.
 
         Raises:
-            ValueError: the images are not 2-D with 1 or 3 channels, or there are none.
+            ValueError: the images are not 2-D with 1 or 3 channels, or there are none; columns or zoom is below 1.
         """
         path = Path(path)
         image_grid(self.to_uint8(), columns, zoom).save(path)
@@ -113,8 +115,11 @@ def image_grid(pixels: Tensor, columns: int | None = None, zoom: int = 1) -> Ima
     """One picture of (N, H, W, 1 or 3) uint8 images, row by row, with a thin gap between them."""
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or len(pixels) == 0:
         raise ValueError(f"a grid needs images of shape (N >= 1, H, W, 1 or 3), got {tuple(pixels.shape)}")
+    for name, value in (("columns", columns), ("zoom", zoom)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     count, height, width, channels = pixels.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
     rows = math.ceil(count / columns)
     tiles = pixels.new_full((rows * columns, height + 1, width + 1, channels), 255)
     tiles[:count, :height, :width] = pixels

@@ -16,7 +16,7 @@ from calguide_fast.ops.coefficients import ROW_LENGTH, Coefficient
 VARIANCES = ("fixed_small", "fixed_large")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """The forward process q(x_t | x_0) = N(√ᾱ_t x_0, 1−ᾱ_t) that a model was trained on.
 
@@ -50,7 +50,7 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray) -> Schedule:
         """The schedule with the given β_t, (T,), each between 0 and 1."""
-        return cls(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
+        return cls(np.cumprod(1 - np.asarray(betas, dtype=np.float64), axis=-1))
 
     @classmethod
     def of(cls, schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor) -> Schedule:
@@ -121,7 +121,7 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """The K timesteps that a sampler visits, from k = K−1 down to 0.
 

@@ -12,7 +12,8 @@ from calguide_fast import backends, use_backend
 # torch.empty gives NaN, so that a kernel that leaves a value unwritten is seen
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# one thread: with more, small tensors on a busy machine wait for each other; tests of threads ask for two
+torch.set_num_threads(1)
 
 CPU_BACKENDS = [name for name, spec in backends._SPECS.items() if spec.devices is None or "cpu" in spec.devices]
 
@@ -42,6 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=CPU_BACKENDS)

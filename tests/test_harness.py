@@ -17,8 +17,12 @@ def test_the_kernels_and_the_reference_are_both_tested():
     assert {"cpu", "reference"} <= set(CPU_BACKENDS)
 
 
-def test_at_most_two_threads():
-    assert torch.get_num_threads() <= 2
+def test_one_thread():
+    assert torch.get_num_threads() == 1
+
+
+def test_two_threads_when_asked_for(two_threads):
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.full

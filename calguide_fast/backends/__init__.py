@@ -163,13 +163,14 @@ class BackendReport(tuple[BackendStatus, ...]):
 def backend_report() -> BackendReport:
     """Load every backend and say which are there, which is chosen where, and why any could not be loaded."""
     statuses = []
-    taken: set[str] = set()
+    # what no kernel takes of this machine's devices falls to the reference, which comes last
+    open_devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     for name, spec in _SPECS.items():
         backend = _load(name)
         default_on: tuple[str, ...] = ()
         if backend is not None:
-            default_on = tuple(sorted(spec.preferred_on - taken)) if name != "reference" else ()
-            taken |= spec.preferred_on
+            default_on = tuple(sorted(open_devices if name == "reference" else open_devices & spec.preferred_on))
+            open_devices -= set(default_on)
         detail = _failures[name] if backend is None else getattr(backend, "describe", lambda: "plain PyTorch")()
         statuses.append(BackendStatus(name, backend is not None, default_on, detail))
     return BackendReport(statuses)

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the ground truth that the kernels are tested against, and the fallback for any device and dtype.
+"""Every op in plain PyTorch: the ground truth that kernels are tested against, and the fallback everywhere else.
 
 Written to be read beside the formulas, not to be fast. Inputs are upcast (float64 stays float64, everything else is
 computed in float32), and results are cast back. Signatures are those that every backend offers; arguments have been

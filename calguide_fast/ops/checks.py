@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,11 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         TypeError: not a real number.
         ValueError: not finite, or outside the range.
     """
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result) or not low <= result <= high:
+    # comparisons that NaN fails, too; the compiler follows them where it does not follow math.isfinite
+    if not (low <= result <= high and -math.inf < result < math.inf):
         if low == -math.inf and high == math.inf:
             allowed = "finite"
         elif high == math.inf:
@@ -47,6 +49,9 @@ def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; they must be together")
 
 
-def shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def shaped(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` is a tensor of this shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")

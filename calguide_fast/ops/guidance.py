@@ -41,26 +41,27 @@ class GuidanceGradient:
 
     def __init__(self, grad: Tensor, stats: Tensor) -> None:
         self.grad = grad
+        # (5, B); vmap puts its dimension in front, so rows are counted from the back
         self._stats = stats
 
     @property
     def score(self) -> Tensor:
-        return self._stats[0]
+        return self._stats.select(-2, 0)
 
     @property
     def log_prob(self) -> Tensor:
-        return self._stats[1]
+        return self._stats.select(-2, 1)
 
     @property
     def entropy(self) -> Tensor:
-        return self._stats[2]
+        return self._stats.select(-2, 2)
 
     @property
     def divergence(self) -> Tensor:
-        return self._stats[3]
+        return self._stats.select(-2, 3)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.grad, *self._stats.unbind(0)[:4]))
+        return iter((self.grad, *self._stats.unbind(-2)[:4]))
 
     def __getitem__(self, index: int) -> Tensor:
         return tuple(self)[index]

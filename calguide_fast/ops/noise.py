@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -26,9 +25,16 @@ def sampling_noise(seeds: Tensor, shape: tuple[int, ...], draw: int, stream: int
 
     Returns:
         (B, *shape) float32.
+
+    Raises:
+        TypeError: seeds of another dtype or shape.
+        ValueError: draw or stream out of range.
     """
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
         raise TypeError("seeds must be a (B,) int64 tensor")
+    for name, value in (("draw", draw), ("stream", stream)):
+        if not 0 <= value < 2**32:
+            raise ValueError(f"{name}={value} must lie in 0..{2**32 - 1}")
     if is_direct(seeds):
         return backends.choose(seeds).philox_normal(seeds, tuple(shape), draw, stream)
     return torch.ops.calguide_fast.sampling_noise(seeds, tuple(shape), draw, stream)

@@ -19,11 +19,17 @@ LIBRARY.define(
     "predict_x0(Tensor x_t, Tensor model_output, Tensor coefficients, bool clip, ScalarType dtype, "
     "MemoryFormat memory_format) -> Tensor"
 )
-LIBRARY.define(
-    "guided_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor? gradient, Tensor? weights, "
-    "Tensor? scores, Tensor? noise, Tensor? seeds, Tensor(a!)? variance_max, int method, bool learned_variance, "
-    "float scale, float tilt, float max_weight, bool normalize_sum, float sine_boost, bool clip) -> Tensor"
+_STEP_INPUTS = (
+    "Tensor x_t, Tensor model_output, Tensor coefficients, Tensor? gradient, Tensor? weights, Tensor? scores, "
+    "Tensor? noise, Tensor? seeds"
 )
+_STEP_SETTINGS = (
+    "int method, bool learned_variance, float scale, float tilt, float max_weight, bool normalize_sum, "
+    "float sine_boost, bool clip"
+)
+LIBRARY.define(f"guided_step({_STEP_INPUTS}, {_STEP_SETTINGS}) -> Tensor")
+# an op of its own, as compilers do not follow an optional tensor that is written to where it is None
+LIBRARY.define(f"guided_step_with_maximum({_STEP_INPUTS}, Tensor(a!) variance_max, {_STEP_SETTINGS}) -> Tensor")
 
 
 def predict_x0(
@@ -117,16 +123,19 @@ def guided_step(
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}")
     _check_step(x_t, method, gradient, weights, scores, noise, seeds, variance_max, sine_boost, out)
-    tensors = (x_t, model_output, coefficients, gradient, weights, scores, noise, seeds, variance_max)
+    inputs = (x_t, model_output, coefficients, gradient, weights, scores, noise, seeds)
     tilt, normalize_sum, limit = tilt_settings(tilt, normalize, max_weight)
     scale = checks.number("scale", scale)
     sine_boost = checks.number("sine_boost", sine_boost, low=0.0)
     settings = (METHODS[method], learned, scale, tilt, limit, normalize_sum, sine_boost, clip)
-    if is_direct(*tensors, out):
+    if is_direct(*inputs, variance_max, out):
         if out is None:
             out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
-        return backends.choose(x_t).guided_step(*tensors, *settings, out)
-    x_prev = torch.ops.calguide_fast.guided_step(*tensors, *settings)
+        return backends.choose(x_t).guided_step(*inputs, variance_max, *settings, out)
+    if variance_max is None:
+        x_prev = torch.ops.calguide_fast.guided_step(*inputs, *settings)
+    else:
+        x_prev = torch.ops.calguide_fast.guided_step_with_maximum(*inputs, variance_max, *settings)
     return x_prev if out is None else out.copy_(x_prev)
 
 
@@ -235,11 +244,18 @@ def _predict_x0_fake(
 
 
 @torch.library.impl(LIBRARY, "guided_step", "CompositeExplicitAutograd")
-def _guided_step_impl(x_t: Tensor, *arguments: Any) -> Tensor:
+def _guided_step_impl(*arguments: Any) -> Tensor:
+    inputs, settings = arguments[:8], arguments[8:]
+    return _guided_step_with_maximum_impl(*inputs, None, *settings)
+
+
+@torch.library.impl(LIBRARY, "guided_step_with_maximum", "CompositeExplicitAutograd")
+def _guided_step_with_maximum_impl(x_t: Tensor, *arguments: Any) -> Tensor:
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
     return backends.choose(x_t).guided_step(x_t, *arguments, out)
 
 
 @torch.library.register_fake("calguide_fast::guided_step", lib=LIBRARY)
+@torch.library.register_fake("calguide_fast::guided_step_with_maximum", lib=LIBRARY)
 def _guided_step_fake(x_t: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x_t, memory_format=torch.contiguous_format)

@@ -288,6 +288,14 @@ def test_rows_do_not_depend_on_their_neighbours(backend):
         assert_near(a[0], b[57].double(), 1e-7)
 
 
+def test_threads_change_no_bit(two_threads):
+    logits, labels = torch.randn(199, 1001), torch.randint(1001, (199,))
+    two = guidance_gradient(logits, labels, entropy_weight=0.5)
+    torch.set_num_threads(1)
+    one = guidance_gradient(logits, labels, entropy_weight=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
 def test_strided_labels_and_other_integer_types(backend):
     logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
     expected = guidance_gradient(logits, labels).grad

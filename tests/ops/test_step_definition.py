@@ -293,6 +293,16 @@ def test_images_do_not_depend_on_their_neighbours(backend):
     assert torch.equal(together[4:5], alone)
 
 
+def test_threads_change_no_bit(two_threads):
+    x_t, output = images((16, 3, 64, 64))
+    arguments = (x_t, output, TIMELINE.coefficients()[9], torch.randn_like(x_t))
+    options = {"seeds": torch.arange(16), "scores": torch.randn(16), "tilt": 0.3}
+    two = guided_step(*arguments, **options), predict_x0(*arguments[:3]), tilt_weights(torch.arange(5000.0), 0.001)
+    torch.set_num_threads(1)
+    one = guided_step(*arguments, **options), predict_x0(*arguments[:3]), tilt_weights(torch.arange(5000.0), 0.001)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
 GOOD_X, GOOD_OUTPUT = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 4, 4)
 ROW = TIMELINE.coefficients()[5]
 NOISE = torch.zeros(2, 3, 4, 4)
