@@ -134,7 +134,7 @@ def _tuned(
     sweep: dict[str, list[dict[str, float]]],
     say: Callable[..., None],
 ) -> list[Method]:
-    """The methods at their best strengths: nearest to the training digits, so that the test digits stay unseen."""
+    """The methods at their best strengths: nearest to the training digits, so that the test digits have no say."""
     jobs = [method.at(strength) for method in methods for strength in method.strengths]
     drawn = pool.map(lambda method: draw(lab, method, TUNING_RUN, plan.tuned, plan.steps, plan.batch_size), jobs)
     for method, (samples, seconds) in zip(jobs, drawn, strict=True):
