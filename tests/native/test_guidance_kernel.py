@@ -331,6 +331,20 @@ def test_threads_and_repeats_give_the_same_bits(code):
         assert torch.equal(grad, results[0][0]) and torch.equal(stats, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_float32_whatever_the_default_dtype(dtype):
+    logits, labels = batch(4, 10)
+    expected, expected_stats = kernel(logits.to(dtype), labels, JS)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        grad, stats = kernel(logits.to(dtype), labels, JS)
+    finally:
+        torch.set_default_dtype(before)
+    assert grad.dtype is dtype and stats.dtype is torch.float32
+    assert torch.equal(grad, expected) and torch.equal(stats, expected_stats)
+
+
 def test_alpha_zero_still_reports_the_divergence():
     logits, labels = batch(4, 10)
     logits[0, 0] = -300.0

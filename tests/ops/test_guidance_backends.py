@@ -10,7 +10,7 @@ import pytest
 import torch
 from formulas import NAMES, assert_near, literal
 
-from calguide_fast import guidance_gradient, guidance_score
+from calguide_fast import guidance_gradient, guidance_score, use_backend
 from calguide_fast.backends import reference
 from calguide_fast.ops.guidance import gradient_and_stats, guidance_settings
 
@@ -342,6 +342,18 @@ def test_reference_is_float64_for_float64():
     found = guidance_gradient(torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2]))
     assert all(value.dtype == torch.float64 for value in found)
     assert set(reference.__all__) <= set(vars(reference))
+
+
+@pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)
+@pytest.mark.parametrize("divergence", NAMES)
+def test_reference_rounds_once(divergence, dtype):
+    logits, labels = (torch.randn(16, 1000) * 3).to(dtype), torch.randint(1000, (16,))
+    with use_backend("reference"):
+        found = guidance_gradient(logits, labels, divergence)
+    expected = literal(logits, labels, divergence=divergence)
+    assert found.grad.dtype == dtype and found.score.dtype == torch.float32
+    for got, wanted in zip(found, expected):
+        assert_near(got, wanted, 1e-11)
 
 
 @pytest.mark.gpu
