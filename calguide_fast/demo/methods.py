@@ -57,9 +57,9 @@ def _divergence(name: str) -> Guidance:
 METHODS = (
     Method("unguided", "Unguided", "conditional model alone"),
     Method("cfg", "Classifier-free", "no classifier", strength=2.0, strengths=CFG_WEIGHTS),
-    Method("adm_g", "ADM-G", "log p, τ₂=1", ADM_G, strength=8.0, strengths=SCALES_SATURATING),
+    Method("adm_g", "ADM-G", "log p, τ₂=1", ADM_G, strength=16.0, strengths=SCALES_SATURATING),
     Method("elucd", "EluCD", "log p, τ₂=½", ELUCD, strength=0.2, strengths=SCALES),
-    Method("reverse_kl", "Reverse KL", "EluCD − 3·KL(q‖p)", _divergence("reverse_kl"), strength=0.2, strengths=SCALES),
+    Method("reverse_kl", "Reverse KL", "EluCD − 3·KL(q‖p)", _divergence("reverse_kl"), strength=0.4, strengths=SCALES),
     Method("forward_kl", "Forward KL", "EluCD − 3·KL(p‖q)", _divergence("forward_kl"), strength=0.2, strengths=SCALES),
     Method("js", "Jensen–Shannon", "EluCD − 3·JS(q, p)", _divergence("js"), strength=0.2, strengths=SCALES),
     Method(
@@ -84,7 +84,7 @@ METHODS = (
         "log p, τ₂=1",
         ADM_G,
         overconfident=True,
-        strength=8.0,
+        strength=1.0,
         strengths=SCALES_SATURATING_OVERCONFIDENT,
     ),
     Method(
@@ -93,7 +93,7 @@ METHODS = (
         "log p, τ₂=½",
         ELUCD,
         overconfident=True,
-        strength=0.2,
+        strength=0.1,
         strengths=SCALES_OVERCONFIDENT,
     ),
     Method(
@@ -102,7 +102,7 @@ METHODS = (
         "EluCD − 3·JS(q, p)",
         _divergence("js"),
         overconfident=True,
-        strength=0.2,
+        strength=0.1,
         strengths=SCALES_OVERCONFIDENT,
     ),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
 from calguide_fast.demo.data import IMAGE_SIZE
@@ -53,7 +54,7 @@ def sheet(
     width, height = len(columns) * column_width - 2, len(rows) * row_height
 
     # all lengths are in pixels of a digit, of which an inch holds 14
-    left, right, top, bottom = 49, 13 * len(figures) + 3, 16, 10
+    left, right, top, bottom = 49, 15 * len(figures) + 4, 16, 10
     size = ((left + width + right) / 14, (top + height + bottom) / 14)
     figure = Figure(figsize=size, dpi=100, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-left, width + right), ylim=(height + bottom, -top))
@@ -69,12 +70,12 @@ def sheet(
         axes.text(-2, y + 2.6, row.title, ha="right", va="center", fontsize=13.5, fontweight="bold")
         axes.text(-2, y + 6.2, row.detail, ha="right", va="center", fontsize=10.5, color="#444444")
         for f, text in enumerate(row.figures):
-            axes.text(width + 13 * (f + 1), y + 4, text, ha="right", va="center", fontsize=13)
+            axes.text(width + 15 * (f + 1), y + 4, text, ha="right", va="center", fontsize=13)
     for c, text in enumerate(columns):
         middle = c * column_width + (depth * tile - 1) / 2
         axes.text(middle, -1.5, text, ha="center", va="bottom", fontsize=15, fontweight="bold")
     for f, text in enumerate(figures):
-        axes.text(width + 13 * (f + 1), -1.5, text, ha="right", va="bottom", fontsize=12, fontweight="bold")
+        axes.text(width + 15 * (f + 1), -1.5, text, ha="right", va="bottom", fontsize=12, fontweight="bold")
     axes.text((width + right - left) / 2, -11, heading, ha="center", va="center", fontsize=18, fontweight="bold")
     axes.text((width + right - left) / 2, height + 4, note, ha="center", va="center", fontsize=12, color="#444444")
     # imshow fits the axes to its last picture
@@ -111,6 +112,9 @@ def frontier_plot(sweep: Mapping[str, Sequence[Mapping[str, float]]], floor: Map
     panels = figure.subplots(1, 2)
     titles = {method.name: method.title for method in METHODS}
     for name, points in sweep.items():
+        # beyond a method's best, too strong a guidance soon leaves every scale
+        limit = 3 * min(point["frechet"] for point in points)
+        points = [point for point in points if point["frechet"] <= limit]
         style = {**_style(name), "linewidth": 1.6, "marker": "o", "markersize": 4}
         panels[0].plot([p["accuracy"] for p in points], [p["frechet"] for p in points], **style, label=titles[name])
         panels[1].plot([p["recall"] for p in points], [p["precision"] for p in points], **style)
@@ -119,8 +123,12 @@ def frontier_plot(sweep: Mapping[str, Sequence[Mapping[str, float]]], floor: Map
     _finish(panels[0], "Quality against class", "share of the class asked for", "Fréchet distance (lower is better)")
     _finish(panels[1], "Fidelity against diversity", "recall", "precision")
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter(ScalarFormatter())
+    panels[0].yaxis.set_minor_formatter(ScalarFormatter())
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
-    figure.suptitle("Every method over its six strengths (a dot each)", fontsize=12)
+    figure.suptitle(
+        "Every method over its strengths, a dot each, as far as three times its lowest Fréchet distance", fontsize=12
+    )
     figure.savefig(path)
 
 
