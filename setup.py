@@ -86,7 +86,9 @@ def kernel_isas() -> list[str]:
 def kernel_command(source: Path, isa: str, openmp: list[str]) -> list[str]:
     """Command that compiles one kernel source for one instruction set, short of -c, the source and the output."""
     contraction = ["-ffp-contract=off"] if source.name in NO_CONTRACTION else ["-ffp-contract=fast"]
-    return [*cxx(), *CXX_FLAGS, *openmp, *ISA_FLAGS[isa], *contraction, f"-DCALGUIDE_ISA={isa}", f"-I{CSRC}"]
+    # no kernel throws, and a handler's support code would be shared between the instruction sets
+    flags = [*CXX_FLAGS, "-fno-exceptions", *openmp, *ISA_FLAGS[isa], *contraction]
+    return [*cxx(), *flags, f"-DCALGUIDE_ISA={isa}", f"-I{CSRC}"]
 
 
 def cpu_module() -> NativeModule:

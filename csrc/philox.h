@@ -1,12 +1,12 @@
 // Counter-based Gaussian noise: Philox4x32-10 words turned into normals, the same bits on every machine.
 //
-// One source for CPU and CUDA; calguide_fast/backends/philox.py restates it operation by operation in torch. The construction is
-// frozen: a change of a constant, or of the order of two roundings, changes every picture ever drawn from a seed. That is why
-// the logarithm here is not the one of vector_math.h, which is free to improve.
-// Philox and its constants: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// One source for CPU and CUDA; calguide_fast/backends/philox.py restates it operation by operation in torch. The
+// construction is frozen: a change of a constant, or of the order of two roundings, changes every picture ever drawn
+// from a seed. That is why the logarithm here is not the one of vector_math.h, which is free to improve. Philox and its
+// constants: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 //
-// Each multiply and each add rounds by itself. Host code must therefore be compiled with -ffp-contract=off; on the device
-// the round-to-nearest intrinsics, which nvcc never fuses, say the same whatever its flags.
+// Each multiply and each add rounds by itself. Host code must therefore be compiled with -ffp-contract=off; on the
+// device the round-to-nearest intrinsics, which nvcc never fuses, say the same whatever its flags.
 #pragma once
 
 #include "vector_math.h"
@@ -95,9 +95,10 @@ CALGUIDE_INLINE void philox_normal_pair(uint32_t radius_word, uint32_t angle_wor
   const float u = rounded_mul(static_cast<float>(static_cast<int32_t>((radius_word >> 8) + 1u)), 0x1p-24f);
   const float radius = rounded_sqrt(rounded_mul(philox_log(u), -2.0f));
 
-  // half a quarter turn further, the upper two bits are the nearest quadrant; what is left of the angle is within pi / 4
+  // half a quarter turn further, the upper two bits are the nearest quadrant; the rest of the angle is within pi / 4
   const uint32_t turned = angle_word + 0x20000000u;
-  const float x = rounded_mul(static_cast<float>(static_cast<int32_t>((turned & 0x3fffffffu) - 0x20000000u)), 0x1.921fb6p-30f);
+  const int32_t rest = static_cast<int32_t>((turned & 0x3fffffffu) - 0x20000000u);
+  const float x = rounded_mul(static_cast<float>(rest), 0x1.921fb6p-30f);
   const float xx = rounded_mul(x, x);
   float s = -0x1.995408p-13f;
   s = rounded_add(rounded_mul(s, xx), 0x1.110778p-7f);
@@ -117,7 +118,8 @@ CALGUIDE_INLINE void philox_normal_pair(uint32_t radius_word, uint32_t angle_wor
 }
 
 // The normals of elements 4 block .. 4 block + 3: counter (block, draw, stream, 0) under the key of the image's seed.
-CALGUIDE_INLINE void philox_normal_block(const PhiloxKey& key, uint32_t block, uint32_t draw, uint32_t stream, float* z) {
+CALGUIDE_INLINE void philox_normal_block(const PhiloxKey& key, uint32_t block, uint32_t draw, uint32_t stream,
+                                         float* z) {
   uint64_t c0 = block, c1 = draw, c2 = stream, c3 = 0;
   philox_rounds<PhiloxScalar>(key, c0, c1, c2, c3);
   philox_normal_pair(static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), z, z + 1);

@@ -1,7 +1,7 @@
 // One reverse-diffusion step at one element; the same source for CPU and CUDA.
 //
-// Formulas: ADM (Dhariwal and Nichol 2021) for the learned-range posterior and its guidance, EluCD (Ma et al. 2024) for the
-// sine boost of the variance that guides.
+// Formulas: ADM (Dhariwal and Nichol 2021) for the learned-range posterior and its guidance, EluCD (Ma et al. 2024) for
+// the sine boost of the variance that guides.
 #pragma once
 
 #include <math.h>
@@ -14,7 +14,7 @@ namespace calguide {
 struct StepRow {
   float x0_x, x0_eps;         // x0 = x0_x x - x0_eps eps
   float mean_x0, mean_x;      // posterior mean = mean_x0 x0 + mean_x x
-  float sd[6], log_sd_span;   // learned sd = sd[0] exp(log_sd_span v), from the posterior's at v = -1 to sqrt(beta) at v = 1
+  float sd[6], log_sd_span;   // learned sd = sd[0] exp(log_sd_span v): the posterior's at v = -1, sqrt(beta) at v = 1
   float fixed_var, fixed_sd;  // variance that guides and deviation of the noise, where the model learns none
   float ddim_x0, ddim_eps;    // DDIM: x_prev = ddim_x0 x0 + ddim_eps eps + ddim_sd z
   float ddim_sd, ddim_guide;
@@ -34,7 +34,9 @@ CALGUIDE_INLINE StepRow step_row(const float* coefficients) {
   // half the log-variance is linear in v; the part without v leaves the exponential
   row.log_sd_span = 0.25f * (c[4] - c[5]);
   row.sd[0] = exp_float(0.25f * (c[4] + c[5]));
-  for (int power = 1; power < 6; ++power) row.sd[power] = row.sd[power - 1] * row.log_sd_span / static_cast<float>(power);
+  for (int power = 1; power < 6; ++power) {
+    row.sd[power] = row.sd[power - 1] * row.log_sd_span / static_cast<float>(power);
+  }
   row.fixed_var = c[6];
   row.fixed_sd = c[7];
   row.ddim_x0 = c[8];
@@ -58,8 +60,8 @@ CALGUIDE_INLINE float step_x0(const StepRow& row, float x, float eps, float boun
 // Where the deviation comes from. Narrow is learned where every v is known to be small; its bits are the same.
 enum class Deviation { fixed, learned, narrow };
 
-// Where |log_sd_span v| stays below this, five terms of the deviation's Taylor series in v reach fp32, with fewer operations
-// than an exponential: at all but one or two steps of a schedule.
+// Where |log_sd_span v| stays below this, the deviation's Taylor series in v reaches fp32 with its fifth power, in
+// fewer operations than an exponential: at all but one or two steps of a schedule.
 CALGUIDE_INLINE bool is_small(const StepRow& row, float v) { return fabsf(v) * fabsf(row.log_sd_span) <= 0.17f; }
 
 template <Deviation DEVIATION>

@@ -37,7 +37,9 @@ def load_unet(folder: Path = ASSETS) -> UNet:
     return _load(digit_unet(), folder, UNET)
 
 
-def load_guide(folder: Path = ASSETS, overconfident: bool = False, softplus_beta: float | None = None) -> DigitClassifier:
+def load_guide(
+    folder: Path = ASSETS, overconfident: bool = False, softplus_beta: float | None = None
+) -> DigitClassifier:
     """The classifier that guides, trained on few labels, or its overconfident twin."""
     return _load(DigitClassifier(softplus_beta=softplus_beta), folder, OVERCONFIDENT if overconfident else GUIDE)
 

@@ -72,9 +72,7 @@ def class_cycle(count: int) -> Tensor:
     return torch.arange(count) % CLASSES
 
 
-def draw(
-    lab: Lab, method: Method, run: int, count: int, steps: str, batch_size: int
-) -> tuple[Samples, float]:
+def draw(lab: Lab, method: Method, run: int, count: int, steps: str, batch_size: int) -> tuple[Samples, float]:
     """`count` digits of all classes in turn, and the seconds it took. Every method gets the same seeds in one `run`."""
     settings = method.sampler_settings()
     guide = None if settings["guidance"] is None else lab.guides[method.overconfident]
@@ -87,6 +85,7 @@ def draw(
 
 def measure(lab: Lab, samples: Samples, seconds: float) -> Figures:
     """All figures of the samples, against the test digits."""
+    assert samples.diagnostics is not None  # the sampler records them unless told not to
     norm = samples.diagnostics.gradient_norm.nanmean().nan_to_num().item()
     return _figures(lab, Digits(samples.images, samples.labels), seconds, norm)
 
@@ -127,13 +126,12 @@ def trace_gradients(lab: Lab, count: int, run: int, steps: str) -> GradientTrace
     names = {False: "guide", True: "overconfident twin"}
     timesteps: list[int] = []
     doubt: dict[str, list[float]] = {name: [] for name in names.values()}
-    norms: dict[str, dict[str, list[list[float]]]] = {
-        name: {term: [] for term in TERMS} for name in names.values()
-    }
+    norms: dict[str, dict[str, list[list[float]]]] = {name: {term: [] for term in TERMS} for name in names.values()}
     doubles = {twin: copy.deepcopy(guide).double() for twin, guide in lab.guides.items()}
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
     def watch(step: Step) -> None:
+        assert step.x0 is not None  # classified at every step, as there is no interval
         timesteps.append(step.timestep)
         for twin, name in names.items():
             for term, guidance in TERMS.items():
@@ -141,11 +139,10 @@ def trace_gradients(lab: Lab, count: int, run: int, steps: str) -> GradientTrace
                 found = guidance.image_gradient(doubles[twin], step.x0.double(), labels)
                 norm = torch.linalg.vector_norm(found.gradient.flatten(1), dim=1)
                 norms[name][term].append(norm.quantile(quartiles).tolist())
+            assert found.stats is not None
             doubt[name].append(-found.stats.label_log_prob.expm1().median().item())
 
     # at scale 0 the sampler classifies, so that the callback sees x̂₀, yet nothing is pushed
     sampler = FDivSampler(lab.unet, lab.guides[False], guidance=Guidance("none", scale=0.0))
-    sampler.sample(
-        labels, seeds=torch.arange(count) + run * SEEDS_APART, steps=steps, progress=False, callback=watch
-    )
+    sampler.sample(labels, seeds=torch.arange(count) + run * SEEDS_APART, steps=steps, progress=False, callback=watch)
     return GradientTrace(timesteps, doubt, norms)

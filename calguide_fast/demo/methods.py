@@ -27,11 +27,11 @@ class Method:
 
     def sampler_settings(self) -> dict[str, Any]:
         """Keywords for the sampler."""
-        if self.guidance is not None:
-            return {"guidance": replace(self.guidance, scale=self.strength)}
-        if self.strength is not None:
+        if self.strength is None:
+            return {"guidance": None}
+        if self.guidance is None:
             return {"guidance": None, "cfg_scale": self.strength, "null_class": NULL_CLASS}
-        return {"guidance": None}
+        return {"guidance": replace(self.guidance, scale=self.strength)}
 
 
 # six strengths for every method, a factor of two apart for scales, around where each works: none is tuned more than
@@ -108,12 +108,12 @@ METHODS = (
 )
 
 
-def _term(divergence: str = "none", alpha: float = 0.0, **settings: float) -> Guidance:
+def _term(divergence: str = "none", alpha: float = 0.0, **settings: Any) -> Guidance:
     return Guidance(divergence, alpha=alpha, epsilon=EPSILON, **settings)
 
 
 # log p vanishes where both temperatures are 0, which leaves one term by itself
-_ALONE = {"joint_temperature": 0.0, "marginal_temperature": 0.0}
+_ALONE: dict[str, Any] = {"joint_temperature": 0.0, "marginal_temperature": 0.0}
 TERMS = {
     "log p, τ₂=1": _term(marginal_temperature=1.0),
     "log p, τ₂=½": _term(marginal_temperature=0.5),

@@ -63,7 +63,7 @@ def sheet(
         for i, image in enumerate(row.images[:, 0]):
             x = i % len(columns) * column_width + i // len(columns) * tile
             extent = (x, x + IMAGE_SIZE, y + IMAGE_SIZE, y)
-            axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest", extent=extent, aspect="auto")
+            axes.imshow(image.numpy(), "gray", vmin=-1, vmax=1, interpolation="nearest", extent=extent, aspect="auto")
             if row.wrong[i]:
                 axes.add_patch(Rectangle((x, y), IMAGE_SIZE, IMAGE_SIZE, fill=False, edgecolor=_WRONG, linewidth=3))
         axes.text(-2, y + 2.6, row.title, ha="right", va="center", fontsize=13.5, fontweight="bold")

@@ -72,7 +72,7 @@ def write(
                 "formula": method.formula,
                 "strength": method.strength,
                 "overconfident": method.overconfident,
-                "guidance": asdict(method.guidance) if method.guidance else None,
+                "guidance": _settings(method),
                 "mean": asdict(summarise(measured[method.name], mean)),
                 "std": asdict(summarise(measured[method.name], stdev)) if plan.runs > 1 else None,
                 "runs": [asdict(figures) for figures in measured[method.name]],
@@ -83,7 +83,14 @@ def write(
         "gradients": asdict(trace),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(_markdown(plan, methods, measured, floor, sweep, trace, seconds), encoding="utf-8")
+    (folder / "results.md").write_text(
+        _markdown(plan, methods, measured, floor, sweep, trace, seconds), encoding="utf-8"
+    )
+
+
+def _settings(method: Method) -> dict[str, object] | None:
+    guidance = method.sampler_settings()["guidance"]
+    return None if guidance is None else asdict(guidance)
 
 
 def _markdown(
@@ -101,13 +108,15 @@ def _markdown(
         f"{runs if plan.runs > 1 else f'{plan.images} images'} of each method, {plan.steps} DDPM steps, the same seeds "
         f"and labels for every method, {seconds:.0f} s in all. "
         "Look at `contact_sheet.png` first, at `rescued.png` for what guidance mends, at `grids/` for a hundred digits "
-        "of each method, at `gradient_norms.png` for what saturates" + (", and at `frontier.png` for the sweep." if sweep else "."),
+        "of each method, at `gradient_norms.png` for what saturates"
+        + (", and at `frontier.png` for the sweep." if sweep else "."),
         _table(plan, methods, measured, floor),
         "**Fréchet** distance to the 500 test digits (lower is better; in brackets to the 1297 training digits), "
         "**precision** and **recall** (k = 3) against the test digits, all on 64 features of a network that guides "
         "nothing; **class**: share of images that this network reads as the digit asked for. The row of real digits "
         "is what a perfect sampler would get. **Gradient**: mean norm of the image gradient over all steps, before the "
-        "scale. **Seconds** and images/s are those of one thread while others work beside it. Figures depend on the number of images: compare within this table only.",
+        "scale. **Seconds** and images/s are those of one thread while others work beside it. Figures depend on the "
+        "number of images: compare within this table only.",
         "## How strengths were chosen",
         _tuning(plan, sweep),
         "## What saturates",
@@ -154,14 +163,14 @@ def _tuning(plan: Plan, sweep: Sweep) -> str:
         f"softplus β = {SOFTPLUS_BETA:g} in both classifiers, tilt and entropy weight as the table has them "
         f"(tilt groups of {plan.batch_size} images, weights clipped at 3). α came from a prototype on the same data, "
         "which the methods without a divergence have no counterpart of. The guide has seen 300 labelled digits, its "
-        "overconfident twin the same 300 without augmentation; the overconfident rows are to be compared with each other."
+        "overconfident twin the same 300 without augmentation: compare the overconfident rows with each other."
     )
 
 
 def _saturation(trace: GradientTrace) -> str:
     lines = [
-        "The classifier's doubt, and the median norm of each term's image gradient by itself, along one unguided trajectory. Half-way and last are steps "
-        "of that trajectory; “fall” is the first over the smallest of all steps.",
+        "The classifier's doubt, and the median norm of each term's image gradient by itself, along one unguided "
+        "trajectory. Half-way and last are its steps; “fall” is the first over the smallest of all.",
         "",
         "| classifier | term | first | half-way | last | fall |",
         "|---|---|---|---|---|---|",
@@ -196,6 +205,7 @@ def _sweep_table(methods: Sequence[Method], sweep: Sweep) -> str:
             chosen = " (chosen)" if point["strength"] == method.strength else ""
             lines.append(
                 f"| {method.title} | {point['strength']:g}{chosen} | {point['frechet_train']:.2f} "
-                f"| {point['frechet']:.2f} | {point['precision']:.3f} | {point['recall']:.3f} | {point['accuracy']:.1%} |"
+                f"| {point['frechet']:.2f} | {point['precision']:.3f} | {point['recall']:.3f} "
+                f"| {point['accuracy']:.1%} |"
             )
     return "\n".join(lines)

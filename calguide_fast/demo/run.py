@@ -93,7 +93,7 @@ def _run(
 
     tracing = pool.submit(trace_gradients, lab, plan.traced, TUNING_RUN, plan.steps)
     jobs = [(method, run) for method in methods for run in range(plan.runs)]
-    drawn = pool.map(lambda job: draw(lab, *job, plan.images, plan.steps, plan.batch_size), jobs)
+    drawn = pool.map(lambda job: draw(lab, job[0], job[1], plan.images, plan.steps, plan.batch_size), jobs)
     measured: dict[str, list[Figures]] = {method.name: [] for method in methods}
     first: dict[str, Tensor] = {}
     for (method, run), (samples, seconds) in zip(jobs, drawn, strict=True):
@@ -141,9 +141,7 @@ def _tuned(
         point = {"strength": method.strength, **asdict(measure(lab, samples, seconds))}
         sweep.setdefault(method.name, []).append(point)
         say(f"sweep {method.title:30} {method.strength:6g}: {point['frechet_train']:.2f} from the training digits")
-    best = {
-        name: min(points, key=lambda point: point["frechet_train"])["strength"] for name, points in sweep.items()
-    }
+    best = {name: min(points, key=lambda point: point["frechet_train"])["strength"] for name, points in sweep.items()}
     return [method.at(best[method.name]) if method.strengths else method for method in methods]
 
 

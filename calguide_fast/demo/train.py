@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,9 @@ class HybridLoss:
 
     def _bound(self, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, v: Tensor) -> Tensor:
         row = self.coefficients[t][:, :, None, None, None].unbind(1)
-        predicted = row[Coefficient.SQRT_RECIP_ALPHAS_CUMPROD] * x_t - row[Coefficient.SQRT_RECIPM1_ALPHAS_CUMPROD] * eps
+        predicted = (
+            row[Coefficient.SQRT_RECIP_ALPHAS_CUMPROD] * x_t - row[Coefficient.SQRT_RECIPM1_ALPHAS_CUMPROD] * eps
+        )
         # both means share the part of x_t, so that only the x₀ parts tell them apart
         gap = row[Coefficient.POSTERIOR_MEAN_X0] * (predicted - x0)
         low, high = row[Coefficient.LOG_VARIANCE_MIN], row[Coefficient.LOG_VARIANCE_MAX]
@@ -91,7 +94,7 @@ class HybridLoss:
 
 
 def _decoder_nats(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """−log of the Gaussian's mass in the grey level of x₀: 17 levels from −1 to 1, the outermost reaching to infinity."""
+    """−log of the Gaussian's mass in the grey level of x₀: 17 levels in −1..1, the outermost reaching to infinity."""
     scale = (-0.5 * log_variance).exp()
     normal = torch.distributions.Normal(0.0, 1.0)
     above = torch.where(x0 > 0.999, 1.0, normal.cdf(scale * (x0 + 1 / 16 - mean)))
@@ -138,9 +141,7 @@ def train_classifier(digits: Digits, recipe: ClassifierRecipe, name: str, progre
         torch.manual_seed(recipe.seed)
         classifier = DigitClassifier(recipe.width)
     generator = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.AdamW(
-        classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batches = math.ceil(len(digits.labels) / recipe.batch_size)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.epochs * batches)
 
@@ -234,10 +235,9 @@ def train_demo(
     }
     train, _ = load_split()
     trainings: dict[str, Callable[[], nn.Module]] = {
-        name: lambda name=name, recipe=recipe: train_classifier(train, recipe, name, progress)
-        for name, recipe in recipes.items()
+        name: partial(train_classifier, train, recipe, name, progress) for name, recipe in recipes.items()
     }
-    trainings[checkpoints.UNET] = lambda: train_diffusion(train, diffusion, progress)
+    trainings[checkpoints.UNET] = partial(train_diffusion, train, diffusion, progress)
 
     seconds = {}
     for name, training in trainings.items():

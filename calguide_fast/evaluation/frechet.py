@@ -37,9 +37,7 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     return frechet_distance_from_statistics(*a, *b)
 
 
-def frechet_distance_from_statistics(
-    mu_a: ArrayLike, sigma_a: ArrayLike, mu_b: ArrayLike, sigma_b: ArrayLike
-) -> float:
+def frechet_distance_from_statistics(mu_a: ArrayLike, sigma_a: ArrayLike, mu_b: ArrayLike, sigma_b: ArrayLike) -> float:
     """|mu_a − mu_b|² + Tr(sigma_a + sigma_b − 2 (sigma_a sigma_b)^½), with means (D,) and covariances (D, D).
 
     The trace of the root is taken from the eigenvalues of the symmetric sigma_a^½ sigma_b sigma_a^½, which are those
@@ -72,7 +70,8 @@ def _checked_moments(mu: ArrayLike, sigma: ArrayLike, side: str) -> tuple[torch.
     sigma = torch.as_tensor(sigma).detach().to("cpu", torch.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(
-            f"mu_{side} and sigma_{side} must have shapes (D,) and (D, D), got {tuple(mu.shape)} and {tuple(sigma.shape)}"
+            f"mu_{side} and sigma_{side} must have shapes (D,) and (D, D), "
+            f"got {tuple(mu.shape)} and {tuple(sigma.shape)}"
         )
     if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
         raise ValueError(f"mu_{side} or sigma_{side} holds NaN or infinite values, statistics must be finite")

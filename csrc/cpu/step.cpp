@@ -16,7 +16,7 @@ namespace py = pybind11;
 // below this many elements of work a second thread, or letting Python go on meanwhile, costs more than it gives
 constexpr int64_t large_work = int64_t{1} << 16;
 
-// Positional arguments in order. A step is launch-bound on small images, and this reads its many arguments several times faster
+// Positional arguments in order. A step is launch-bound on small images, and this reads its many arguments sooner
 // than a signature of pybind11's; a wrong type leaves Python's error set, which the caller looks for once.
 class Arguments {
  public:
@@ -50,8 +50,8 @@ int64_t bytes_of(int type) { return type == storage_float32 ? 4 : 2; }
 
 void call_guided_step(const StepArguments& arguments) { CALGUIDE_DISPATCH(guided_step(arguments)) }
 void call_predict_x0(const StepArguments& arguments) { CALGUIDE_DISPATCH(predict_x0(arguments)) }
-void call_philox_normal(const int64_t* seeds, int64_t batch, int64_t elements, uint32_t draw, uint32_t stream, float* out,
-                        int threads) {
+void call_philox_normal(const int64_t* seeds, int64_t batch, int64_t elements, uint32_t draw, uint32_t stream,
+                        float* out, int threads) {
   CALGUIDE_DISPATCH(philox_normal(seeds, batch, elements, draw, stream, out, threads))
 }
 
@@ -66,7 +66,8 @@ void launch(int64_t elements, int threads, const Kernel& kernel) {
 // The operands that guided_step and predict_x0 share, from the arguments that both begin with.
 StepArguments read_common(Arguments& in, PyObject*& strides) {
   StepArguments a{};
-  a.batch = in.integer(), a.channels = in.integer(), a.pixels = in.integer(), a.threads = static_cast<int>(in.integer());
+  a.batch = in.integer(), a.channels = in.integer(), a.pixels = in.integer();
+  a.threads = static_cast<int>(in.integer());
   strides = in.object();
   a.coefficients = in.pointer<const float>();
   a.clip = in.flag();

@@ -15,8 +15,8 @@ struct Operand {
   int64_t image, channel, pixel;
 };
 
-// guided_step reads all of it; its out is fp32 with contiguous channels and may be x_t itself. predict_x0 reads x_t, eps,
-// coefficients and clip, and writes out in its own type and strides.
+// guided_step reads all of it; its out is fp32 with contiguous channels and may be x_t itself. predict_x0 reads x_t,
+// eps, coefficients and clip, and writes out in its own type and strides.
 struct StepArguments {
   int64_t batch, channels, pixels;
   Operand x_t, eps, v, gradient, noise, out;

@@ -39,8 +39,8 @@ def test_augmentation_moves_digits_a_little_and_repeats_itself():
     assert not torch.equal(moved, images)
     assert moved.min() >= -1 - 1e-5 and moved.max() <= 1 + 1e-5
     assert 0.05 < (moved - images).square().mean() < 0.3 < images.var()
-    # ink is moved, hardly lost
-    assert (moved + 1).mean() == pytest.approx((images + 1).mean().item(), rel=0.05)
+    # ink is moved, and little of it out of the picture
+    assert (moved + 1).mean() == pytest.approx((images + 1).mean().item(), rel=0.1)
     noisy = augment(images, torch.Generator().manual_seed(0), noise=0.5)
     level = (noisy - moved).flatten(1).std(1)
     assert level.max() > 0.4 and level.min() < 0.1

@@ -18,9 +18,7 @@ def test_commuting_gaussians_have_the_textbook_distance():
     rotation = torch.linalg.qr(random_covariance(6, 6, seed=1)).Q
     a, b = torch.tensor([4.0, 1, 0, 9, 2, 5]).double(), torch.tensor([1.0, 1, 3, 4, 0, 7]).double()
     mu = torch.arange(6).double()
-    found = frechet_distance_from_statistics(
-        mu, rotation * a @ rotation.T, mu + 0.5, rotation * b @ rotation.T
-    )
+    found = frechet_distance_from_statistics(mu, rotation * a @ rotation.T, mu + 0.5, rotation * b @ rotation.T)
     expected = 6 * 0.25 + (a.sqrt() - b.sqrt()).square().sum().item()
     assert found == pytest.approx(expected, rel=1e-6)  # roots of eigenvalues that are zero cost half the digits
 

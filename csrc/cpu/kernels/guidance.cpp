@@ -4,6 +4,7 @@
 // almost all of the probability. Then: exponentials and their sums; for the divergences outside the Kullback-Leibler
 // family one pass of class terms; and the gradient
 //   G_i = e_i (b0 + b1 d_i) + a2 e2_i + c0 - alpha w_i,   d = f - max f, e = exp(d), e2 = exp(marginal temperature * d).
+// Real is float, or double for the divergences whose terms are powers of p / q; what is per row is always double.
 #include "cpu/guidance.h"
 
 #include <math.h>
@@ -39,22 +40,24 @@ enum Marginal { marginal_same, marginal_half, marginal_general };
 struct Settings {
   const GuidanceArguments* arguments;
   Marginal marginal;
-  float temperature;  // the marginal one
+  double temperature;  // the marginal one
   double order;
   double alpha;
 };
 
 // q over n classes
+template <class Real>
 struct Prior {
   int64_t n;
   double label_q, log_label_q;
   double other_q, log_other_q;
   double log_n;
-  ClassWeight label, other;
+  ClassWeight<Real> label, other;
 };
 
-Prior make_prior(const Settings& settings, int64_t n, bool has_label) {
-  Prior prior;
+template <class Real>
+Prior<Real> make_prior(const Settings& settings, int64_t n, bool has_label) {
+  Prior<Real> prior;
   prior.n = n;
   const double epsilon = has_label ? settings.arguments->epsilon : 0.0;
   prior.other_q = n > 1 ? (1.0 - epsilon) / n : 1.0;
@@ -62,17 +65,18 @@ Prior make_prior(const Settings& settings, int64_t n, bool has_label) {
   prior.log_other_q = prior.other_q > 0.0 ? log(prior.other_q) : static_cast<double>(log_zero);
   prior.log_label_q = log(prior.label_q);
   prior.log_n = log(static_cast<double>(n));
-  prior.label = class_weight(prior.label_q, prior.log_label_q, sqrt(prior.label_q), settings.order);
-  prior.other = class_weight(prior.other_q, prior.log_other_q, sqrt(prior.other_q), settings.order);
+  prior.label = class_weight<Real>(prior.label_q, prior.log_label_q, sqrt(prior.label_q), settings.order);
+  prior.other = class_weight<Real>(prior.other_q, prior.log_other_q, sqrt(prior.other_q), settings.order);
   return prior;
 }
 
 // `count` classes other than the label, padded to whole vectors; the label apart
+template <class Real>
 struct Row {
   float* x;
-  float* e;   // e, or e2 where e = e2^2
-  float* e2;  // for a general marginal temperature
-  float* w;   // class terms
+  Real* e;   // e, or e2 where e = e2^2
+  Real* e2;  // for a general marginal temperature
+  Real* w;   // class terms
   int64_t count;
   float max;          // over all classes, in the units of x
   bool has_label;     // false: the label is masked
@@ -81,14 +85,15 @@ struct Row {
 };
 
 // the gradient as a linear form of what the buffers hold, and the label's own
+template <class Real>
 struct Gradient {
-  float b0, b1, a2, c0, alpha;
+  Real b0, b1, a2, c0, alpha;
   bool has_w;
   double label;
   // where the divergence overflows: the w_i are infinite, or their sum is
   bool overflows;
   double w_total;
-  float inverse_s;
+  Real inverse_s;
   // a class other than the label that has most of the probability, and its gradient; -1: none
   int64_t peak;
   double at_peak;
@@ -98,22 +103,23 @@ struct ExpSums {
   double s, s2, ed, d;
 };
 
-template <Marginal M, bool SumD>
-ExpSums exp_pass(const Row& row, int64_t count, float temperature) {
+template <Marginal M, bool SumD, class Real>
+ExpSums exp_pass(const Row<Real>& row, int64_t count, Real temperature) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  float* e = static_cast<float*>(__builtin_assume_aligned(row.e, 64));
-  float* e2 = static_cast<float*>(__builtin_assume_aligned(row.e2, 64));
-  const float max = row.max, log2_e = 1.44269504f, scale = temperature * log2_e;
+  Real* e = static_cast<Real*>(__builtin_assume_aligned(row.e, 64));
+  Real* e2 = static_cast<Real*>(__builtin_assume_aligned(row.e2, 64));
+  const Real max = row.max, log2_e = static_cast<Real>(1.4426950408889634);
+  const Real half_log2_e = log2_e / 2, scale = temperature * log2_e;
   ExpSums total = {};
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
-    float s = 0.0f, s2 = 0.0f, ed = 0.0f, sum_d = 0.0f;
+    Real s = 0, s2 = 0, ed = 0, sum_d = 0;
 #pragma omp simd reduction(+ : s, s2, ed, sum_d)
     for (int64_t i = begin; i < end; ++i) {
-      const float d = x[i] - max;
-      float exponential;
+      const Real d = x[i] - max;
+      Real exponential;
       if constexpr (M == marginal_half) {
-        const float half = exp2_product(d, 0.5f * log2_e);
+        const Real half = exp2_product(d, half_log2_e);
         exponential = half * half;
         e[i] = half;
         s2 += half;
@@ -121,14 +127,14 @@ ExpSums exp_pass(const Row& row, int64_t count, float temperature) {
         exponential = exp2_product(d, log2_e);
         e[i] = exponential;
         if constexpr (M == marginal_general) {
-          const float other = exp2_product(d, scale);
+          const Real other = exp2_product(d, scale);
           e2[i] = other;
           s2 += other;
         }
       }
       s += exponential;
       ed += exponential * d;
-      if constexpr (SumD) sum_d += d > -1e37f ? d : 0.0f;
+      if constexpr (SumD) sum_d += d > static_cast<Real>(-1e37) ? d : 0;
     }
     total.s += s;
     total.s2 += s2;
@@ -142,21 +148,21 @@ struct TermSums {
   double w, value;
 };
 
-template <int D, bool Half>
-TermSums term_pass(const Row& row, int64_t count, float inverse_s, float log_s, const ClassWeight& other) {
+template <int D, bool Half, class Real>
+TermSums term_pass(const Row<Real>& row, int64_t count, Real inverse_s, Real log_s, const ClassWeight<Real>& other) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  const float* e = static_cast<const float*>(__builtin_assume_aligned(row.e, 64));
-  float* w = static_cast<float*>(__builtin_assume_aligned(row.w, 64));
-  const float max = row.max;
-  const ClassWeight of = other;
+  const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
+  Real* w = static_cast<Real*>(__builtin_assume_aligned(row.w, 64));
+  const Real max = row.max;
+  const ClassWeight<Real> of = other;
   TermSums total = {};
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
-    float sum_w = 0.0f, sum_value = 0.0f;
+    Real sum_w = 0, sum_value = 0;
 #pragma omp simd reduction(+ : sum_w, sum_value)
     for (int64_t i = begin; i < end; ++i) {
-      const float p = (Half ? e[i] * e[i] : e[i]) * inverse_s;
-      const ClassTerms terms = class_terms<D>(p, x[i] - max, log_s, of);
+      const Real p = (Half ? e[i] * e[i] : e[i]) * inverse_s;
+      const ClassTerms<Real> terms = class_terms<D>(p, x[i] - max, log_s, of);
       w[i] = terms.w;
       sum_w += terms.w;
       sum_value += terms.value;
@@ -167,22 +173,22 @@ TermSums term_pass(const Row& row, int64_t count, float inverse_s, float log_s, 
   return total;
 }
 
-template <Marginal M, bool HasLog, bool HasW, class T>
-void gradient_pass(const Row& row, const Gradient& gradient, T* grad) {
+template <Marginal M, bool HasLog, bool HasW, class Real, class T>
+void gradient_pass(const Row<Real>& row, const Gradient<Real>& gradient, T* grad) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  const float* e = static_cast<const float*>(__builtin_assume_aligned(row.e, 64));
-  const float* e2 = static_cast<const float*>(__builtin_assume_aligned(row.e2, 64));
-  const float* w = static_cast<const float*>(__builtin_assume_aligned(row.w, 64));
-  const float max = row.max, b0 = gradient.b0, b1 = gradient.b1, a2 = gradient.a2, c0 = gradient.c0;
-  const float alpha = gradient.alpha;
+  const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
+  const Real* e2 = static_cast<const Real*>(__builtin_assume_aligned(row.e2, 64));
+  const Real* w = static_cast<const Real*>(__builtin_assume_aligned(row.w, 64));
+  const Real max = row.max, b0 = gradient.b0, b1 = gradient.b1, a2 = gradient.a2, c0 = gradient.c0;
+  const Real alpha = gradient.alpha;
 #pragma omp simd
   for (int64_t i = 0; i < row.count; ++i) {
-    const float exponential = M == marginal_half ? e[i] * e[i] : e[i];
-    float g = exponential * (HasLog ? b1 * (x[i] - max) + b0 : b0) + c0;
+    const Real exponential = M == marginal_half ? e[i] * e[i] : e[i];
+    Real g = exponential * (HasLog ? b1 * (x[i] - max) + b0 : b0) + c0;
     if constexpr (M == marginal_half) g += a2 * e[i];
     if constexpr (M == marginal_general) g += a2 * e2[i];
     if constexpr (HasW) g -= alpha * w[i];
-    store_float(grad + i, g);
+    store_float(grad + i, static_cast<float>(g));
   }
 }
 
@@ -190,8 +196,8 @@ void gradient_pass(const Row& row, const Gradient& gradient, T* grad) {
 double centred(double w, double p, double total) { return isinf(w) ? w : w - (p == 0.0 ? 0.0 : p * total); }
 
 // gradient_pass for a divergence that overflows: never NaN
-template <class T>
-void overflow_pass(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+template <class Real, class T>
+void overflow_pass(const Row<Real>& row, const Gradient<Real>& gradient, Marginal marginal, T* grad) {
   for (int64_t i = 0; i < row.count; ++i) {
     const double d = static_cast<double>(row.x[i]) - row.max;
     const double stored = row.e[i];
@@ -203,17 +209,17 @@ void overflow_pass(const Row& row, const Gradient& gradient, Marginal marginal, 
   }
 }
 
-template <Marginal M, class T>
-void write_marginal(const Row& row, const Gradient& gradient, T* grad) {
-  const bool has_log = gradient.b1 != 0.0f;
+template <Marginal M, class Real, class T>
+void write_marginal(const Row<Real>& row, const Gradient<Real>& gradient, T* grad) {
+  const bool has_log = gradient.b1 != 0;
   if (gradient.has_w) {
     return has_log ? gradient_pass<M, true, true>(row, gradient, grad) : gradient_pass<M, false, true>(row, gradient, grad);
   }
   return has_log ? gradient_pass<M, true, false>(row, gradient, grad) : gradient_pass<M, false, false>(row, gradient, grad);
 }
 
-template <class T>
-void write_form(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+template <class Real, class T>
+void write_form(const Row<Real>& row, const Gradient<Real>& gradient, Marginal marginal, T* grad) {
   if (gradient.overflows) return overflow_pass(row, gradient, marginal, grad);
   switch (marginal) {
     case marginal_same: return write_marginal<marginal_same>(row, gradient, grad);
@@ -222,14 +228,15 @@ void write_form(const Row& row, const Gradient& gradient, Marginal marginal, T* 
   }
 }
 
-template <class T>
-void write_gradient(const Row& row, const Gradient& gradient, Marginal marginal, T* grad) {
+template <class Real, class T>
+void write_gradient(const Row<Real>& row, const Gradient<Real>& gradient, Marginal marginal, T* grad) {
   write_form(row, gradient, marginal, grad);
   if (gradient.peak >= 0) store_float(grad + gradient.peak, static_cast<float>(gradient.at_peak));
 }
 
-ExpSums exponentials(const Row& row, int64_t count, const Settings& settings, bool sum_d) {
-  const float temperature = settings.temperature;
+template <class Real>
+ExpSums exponentials(const Row<Real>& row, int64_t count, const Settings& settings, bool sum_d) {
+  const Real temperature = static_cast<Real>(settings.temperature);
   switch (settings.marginal) {
     case marginal_same:
       return sum_d ? exp_pass<marginal_same, true>(row, count, temperature)
@@ -243,18 +250,22 @@ ExpSums exponentials(const Row& row, int64_t count, const Settings& settings, bo
   }
 }
 
-template <int D>
-TermSums summed_terms(const Row& row, int64_t count, Marginal marginal, float inverse_s, float log_s,
-                      const ClassWeight& other) {
+template <int D, class Real>
+TermSums summed_terms(const Row<Real>& row, int64_t count, Marginal marginal, Real inverse_s, Real log_s,
+                      const ClassWeight<Real>& other) {
   return marginal == marginal_half ? term_pass<D, true>(row, count, inverse_s, log_s, other)
                                    : term_pass<D, false>(row, count, inverse_s, log_s, other);
 }
 
-TermSums other_terms(int divergence, const Row& row, int64_t count, Marginal marginal, float inverse_s, float log_s,
-                     const ClassWeight& other) {
+TermSums other_terms(int divergence, const Row<float>& row, int64_t count, Marginal marginal, float inverse_s,
+                     float log_s, const ClassWeight<float>& other) {
+  return divergence == divergence_js ? summed_terms<divergence_js>(row, count, marginal, inverse_s, log_s, other)
+                                     : summed_terms<divergence_hellinger>(row, count, marginal, inverse_s, log_s, other);
+}
+
+TermSums other_terms(int divergence, const Row<double>& row, int64_t count, Marginal marginal, double inverse_s,
+                     double log_s, const ClassWeight<double>& other) {
   switch (divergence) {
-    case divergence_js: return summed_terms<divergence_js>(row, count, marginal, inverse_s, log_s, other);
-    case divergence_hellinger: return summed_terms<divergence_hellinger>(row, count, marginal, inverse_s, log_s, other);
     case divergence_chi2: return summed_terms<divergence_chi2>(row, count, marginal, inverse_s, log_s, other);
     case divergence_neyman_chi2:
       return summed_terms<divergence_neyman_chi2>(row, count, marginal, inverse_s, log_s, other);
@@ -262,10 +273,13 @@ TermSums other_terms(int divergence, const Row& row, int64_t count, Marginal mar
   }
 }
 
-ClassTerms one_class_terms(int divergence, float p, float d, float log_s, const ClassWeight& of) {
+ClassTerms<float> one_class_terms(int divergence, float p, float d, float log_s, const ClassWeight<float>& of) {
+  return divergence == divergence_js ? class_terms<divergence_js>(p, d, log_s, of)
+                                     : class_terms<divergence_hellinger>(p, d, log_s, of);
+}
+
+ClassTerms<double> one_class_terms(int divergence, double p, double d, double log_s, const ClassWeight<double>& of) {
   switch (divergence) {
-    case divergence_js: return class_terms<divergence_js>(p, d, log_s, of);
-    case divergence_hellinger: return class_terms<divergence_hellinger>(p, d, log_s, of);
     case divergence_chi2: return class_terms<divergence_chi2>(p, d, log_s, of);
     case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(p, d, log_s, of);
     default: return class_terms<divergence_alpha>(p, d, log_s, of);
@@ -273,7 +287,8 @@ ClassTerms one_class_terms(int divergence, float p, float d, float log_s, const 
 }
 
 // sum_i q_i (log q_i - log p_i), without 0 * log 0
-double reverse_kl(const Prior& prior, double label_log_p, double others, double sum_other_log_p, bool has_label) {
+template <class Real>
+double reverse_kl(const Prior<Real>& prior, double label_log_p, double others, double sum_other_log_p, bool has_label) {
   double divergence = has_label ? prior.label_q * (prior.log_label_q - label_log_p) : 0.0;
   if (prior.other_q > 0.0) divergence += prior.other_q * (others * prior.log_other_q - sum_other_log_p);
   return divergence;
@@ -285,7 +300,8 @@ struct Peak {
 };
 
 // The class with d = 0, which must be one of row's, and the sums over row's others, free of what the peak would round away.
-Peak find_peak(const Row& row, Marginal marginal) {
+template <class Real>
+Peak find_peak(const Row<Real>& row, Marginal marginal) {
   Peak peak = {};
   while (row.x[peak.index] != row.max) ++peak.index;
   peak.w = row.w[peak.index];
@@ -301,7 +317,9 @@ double at_least_zero(double value) { return value < 0.0 ? 0.0 : value; }
 
 // Pads row b and finds its statistics and its gradient's form. False, having changed nothing else, if a logit is not finite
 // (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of them.
-bool solve_row(const Settings& settings, const Prior& prior, const Row& row, int64_t b, Gradient& gradient) {
+template <class Real>
+bool solve_row(const Settings& settings, const Prior<Real>& prior, const Row<Real>& row, int64_t b,
+               Gradient<Real>& gradient) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int divergence = arguments.divergence;
   const bool kl_family = is_kl_family(divergence);
@@ -341,7 +359,7 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row& row, int
 
   gradient = {};
   gradient.peak = -1;
-  gradient.inverse_s = static_cast<float>(1.0 / s);
+  gradient.inverse_s = static_cast<Real>(1.0 / s);
   // divergence's part of: b0 * s, b1 * s, c0 and the label's gradient
   double linear = 0.0, logarithmic = 0.0, constant = 0.0, at_label = 0.0, value = 0.0;
   if (kl_family) {
@@ -359,24 +377,19 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row& row, int
       at_label -= settings.alpha * p * (log_p + entropy - rest * gap);
     }
   } else {
-    const float log_s_float = static_cast<float>(log_s);
-    ClassWeight other = prior.other, label_weight = prior.label;
-    if (divergence == divergence_alpha) {
-      set_power(other, prior.log_other_q, settings.order, log_s);
-      set_power(label_weight, prior.log_label_q, settings.order, log_s);
-    }
+    const Real rounded_log_s = static_cast<Real>(log_s);
     const TermSums terms =
-        other_terms(divergence, row, count, settings.marginal, gradient.inverse_s, log_s_float, other);
+        other_terms(divergence, row, count, settings.marginal, gradient.inverse_s, rounded_log_s, prior.other);
     gradient.w_total = terms.w;
     value = terms.value;
     if (count > row.count) {
-      const ClassTerms pad = one_class_terms(divergence, 0.0f, padding, log_s_float, other);
+      const ClassTerms<Real> pad = one_class_terms(divergence, Real(0), Real(padding), rounded_log_s, prior.other);
       value -= static_cast<double>(count - row.count) * pad.value;
     }
     double label_w = 0.0;
     if (row.has_label) {
-      const ClassTerms label =
-          one_class_terms(divergence, static_cast<float>(p), static_cast<float>(row.label_d), log_s_float, label_weight);
+      const ClassTerms<Real> label = one_class_terms(divergence, static_cast<Real>(p), static_cast<Real>(row.label_d),
+                                                     rounded_log_s, prior.label);
       label_w = label.w;
       value += label.value;
       // w - p (w + the others' sum), with 1 - p as exact as the others' sum
@@ -384,8 +397,8 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row& row, int
     }
     gradient.w_total += label_w;
     gradient.has_w = settings.alpha != 0.0;
-    gradient.alpha = static_cast<float>(settings.alpha);
-    gradient.overflows = gradient.has_w && !isfinite(static_cast<float>(gradient.w_total));
+    gradient.alpha = static_cast<Real>(settings.alpha);
+    gradient.overflows = gradient.has_w && !isfinite(static_cast<Real>(settings.alpha * gradient.w_total));
     if (gradient.has_w && !gradient.overflows) linear += settings.alpha * gradient.w_total;
     if (gradient.has_w && !gradient.overflows && s < 2.0 && row.label_d < 0.0) {
       // w and p W would cancel to their last digits
@@ -403,10 +416,10 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row& row, int
   if (row.has_label) at_label -= lambda * p * (log_p + entropy);
   if (settings.marginal == marginal_same) linear -= tau2;
 
-  gradient.b0 = static_cast<float>(linear / s);
-  gradient.b1 = static_cast<float>(logarithmic / s);
-  gradient.a2 = static_cast<float>(-tau2 / s2);
-  gradient.c0 = static_cast<float>(constant);
+  gradient.b0 = static_cast<Real>(linear / s);
+  gradient.b1 = static_cast<Real>(logarithmic / s);
+  gradient.a2 = static_cast<Real>(-tau2 / s2);
+  gradient.c0 = static_cast<Real>(constant);
   gradient.label = row.has_label ? (tau1 - tau2) + tau2 * rest2 + at_label : tau1;
 
   const double log_prob = row.has_label ? tau2 * row.label_d - log_s2 + (tau1 - tau2) * row.label_logit : -INFINITY;
@@ -450,8 +463,8 @@ void fill_invalid(const GuidanceArguments& arguments, int64_t b, T* grad) {
 }
 
 // A row with masked classes or huge logits: the finite classes alone, as if the others did not exist.
-template <class T>
-void unusual_row(const Settings& settings, Row row, int64_t label, int64_t b, T* grad) {
+template <class Real, class T>
+void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t b, T* grad) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int64_t classes = arguments.classes;
   float max = -INFINITY;
@@ -480,8 +493,8 @@ void unusual_row(const Settings& settings, Row row, int64_t label, int64_t b, T*
     const float d = static_cast<float>(static_cast<double>(value) - max);
     row.x[row.count++] = d < -1e30f ? -1e30f : d;
   }
-  const Prior prior = make_prior(settings, finite, row.has_label);
-  Gradient gradient;
+  const Prior<Real> prior = make_prior<Real>(settings, finite, row.has_label);
+  Gradient<Real> gradient;
   solve_row(settings, prior, row, b, gradient);
   write_gradient(row, gradient, settings.marginal, compact);
   for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
@@ -490,8 +503,8 @@ void unusual_row(const Settings& settings, Row row, int64_t label, int64_t b, T*
   free(place);
 }
 
-template <class T>
-void guide_row(const Settings& settings, const Prior& prior, Row row, int64_t b) {
+template <class T, class Real>
+void guide_row(const Settings& settings, const Prior<Real>& prior, Row<Real> row, int64_t b) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int64_t last = arguments.classes - 1;
   const int64_t label = arguments.labels[b * arguments.label_stride];
@@ -503,7 +516,7 @@ void guide_row(const Settings& settings, const Prior& prior, Row row, int64_t b)
   // the last class takes the label's place, and goes home at the end
   row.x[label] = row.x[last];
   row.count = last;
-  Gradient gradient;
+  Gradient<Real> gradient;
   if (!solve_row(settings, prior, row, b, gradient)) {
     load_row<T>(arguments, b, row.x);
     return unusual_row(settings, row, label, b, grad);
@@ -513,7 +526,8 @@ void guide_row(const Settings& settings, const Prior& prior, Row row, int64_t b)
   store_float(grad + label, static_cast<float>(gradient.label));
 }
 
-void guide_any_row(const Settings& settings, const Prior& prior, const Row& row, int64_t b) {
+template <class Real>
+void guide_any_row(const Settings& settings, const Prior<Real>& prior, const Row<Real>& row, int64_t b) {
   switch (settings.arguments->storage) {
     case storage_bfloat16: return guide_row<BFloat16>(settings, prior, row, b);
     case storage_float16: return guide_row<Float16>(settings, prior, row, b);
@@ -521,19 +535,21 @@ void guide_any_row(const Settings& settings, const Prior& prior, const Row& row,
   }
 }
 
-void guide_rows(const Settings& settings, const Prior& prior, int64_t begin, int64_t end) {
-  alignas(64) float stack[4 * stack_classes];
+template <class Real>
+void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
+  alignas(64) unsigned char stack[4 * stack_classes * sizeof(Real)];
   const int64_t length = (settings.arguments->classes + lanes - 1) / lanes * lanes;
-  float* buffer = stack;
+  void* buffer = stack;
   if (length > stack_classes) {
-    buffer = static_cast<float*>(aligned_alloc(64, sizeof(float) * 4 * length));
+    buffer = aligned_alloc(64, 4 * length * sizeof(Real));
     if (buffer == nullptr) abort();
   }
-  Row row = {};
-  row.x = buffer;
-  row.e = buffer + length;
-  row.e2 = buffer + 2 * length;
-  row.w = buffer + 3 * length;
+  Row<Real> row = {};
+  row.e = static_cast<Real*>(buffer);
+  row.e2 = row.e + length;
+  row.w = row.e + 2 * length;
+  row.x = reinterpret_cast<float*>(row.e + 3 * length);
+  const Prior<Real> prior = make_prior<Real>(settings, settings.arguments->classes, true);
   for (int64_t b = begin; b < end; ++b) guide_any_row(settings, prior, row, b);
   if (buffer != stack) free(buffer);
 }
@@ -543,22 +559,22 @@ void guide_rows(const Settings& settings, const Prior& prior, int64_t begin, int
 void guidance_gradient(const GuidanceArguments& arguments) {
   Settings settings;
   settings.arguments = &arguments;
-  settings.temperature = static_cast<float>(arguments.marginal_temperature);
-  settings.marginal = settings.temperature == 1.0f || settings.temperature == 0.0f ? marginal_same
-                      : settings.temperature == 0.5f                               ? marginal_half
-                                                                                   : marginal_general;
+  settings.temperature = arguments.marginal_temperature;
+  settings.marginal = settings.temperature == 1.0 || settings.temperature == 0.0 ? marginal_same
+                      : settings.temperature == 0.5                              ? marginal_half
+                                                                                 : marginal_general;
   settings.order = arguments.order;
   settings.alpha = arguments.divergence == divergence_none ? 0.0 : arguments.alpha;
-  const Prior prior = make_prior(settings, arguments.classes, true);
+  const auto guide = is_power(arguments.divergence) ? guide_rows<double> : guide_rows<float>;
 
   const int64_t batch = arguments.batch;
   const int64_t worth = arguments.batch * arguments.classes / elements_per_thread;
   int64_t threads = arguments.threads < worth ? arguments.threads : worth;
   threads = threads < batch ? threads : batch;
-  if (threads <= 1) return guide_rows(settings, prior, 0, batch);
+  if (threads <= 1) return guide(settings, 0, batch);
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
   for (int64_t part = 0; part < threads; ++part) {
-    guide_rows(settings, prior, part * batch / threads, (part + 1) * batch / threads);
+    guide(settings, part * batch / threads, (part + 1) * batch / threads);
   }
 }
 

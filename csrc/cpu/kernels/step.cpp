@@ -1,9 +1,10 @@
 // The step kernels on the CPU: predict_x0, guided_step and the noise they draw.
 //
-// Work is cut into runs of pixels of one channel of one image, small enough for the first-level cache. Operands that are
-// contiguous fp32 are read in place; any other stride or type is gathered into a buffer first, so one vector body serves all.
-// No result depends on how the work was cut: an element sees its own operands, its image's scalars and its own noise counter.
-// Compiled with -ffp-contract=off: the noise needs it, and with it every instruction set gives the same bits.
+// Work is cut into runs of pixels of one channel of one image, small enough for the first-level cache. Operands that
+// are contiguous fp32 are read in place; any other stride or type is gathered into a buffer first, so one vector body
+// serves all. No result depends on how the work was cut: an element sees its own operands, its image's scalars and its
+// own noise counter. Compiled with -ffp-contract=off: the noise needs it, and with it every instruction set gives the
+// same bits.
 #include "cpu/step.h"
 
 #include "philox.h"
@@ -18,8 +19,6 @@ namespace calguide {
 namespace {
 
 constexpr int64_t run_length = 1024;
-// a larger output leaves the cache before anything reads it, so it is written past the cache
-constexpr int64_t streamed_bytes = int64_t{1} << 21;
 
 // Lanes of Philox words, for which a round's product is one instruction.
 struct PhiloxLanes {
@@ -46,8 +45,8 @@ constexpr int blocks_at_once = 16;
 constexpr int64_t normals_buffer = run_length + 4 + 4 * blocks_at_once;
 
 // Normals of elements first .. first + n - 1 of one image; returns where in the buffer the first of them is.
-CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, int64_t n, uint32_t draw, uint32_t stream,
-                                          float* buffer) {
+CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, int64_t n, uint32_t draw,
+                                          uint32_t stream, float* buffer) {
   alignas(64) uint64_t words[4][blocks_at_once];
   PhiloxLanes::Word ramp;
   for (int lane = 0; lane < lanes; ++lane) ramp[lane] = static_cast<uint64_t>(lane);
@@ -65,8 +64,9 @@ CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, i
     float* z = buffer + 4 * (block - begin);
 #pragma omp simd
     for (int i = 0; i < blocks_at_once; ++i) {
-      philox_normal_pair(static_cast<uint32_t>(words[0][i]), static_cast<uint32_t>(words[1][i]), z + 4 * i, z + 4 * i + 1);
-      philox_normal_pair(static_cast<uint32_t>(words[2][i]), static_cast<uint32_t>(words[3][i]), z + 4 * i + 2, z + 4 * i + 3);
+      const auto word = [&](int w) { return static_cast<uint32_t>(words[w][i]); };
+      philox_normal_pair(word(0), word(1), z + 4 * i, z + 4 * i + 1);
+      philox_normal_pair(word(2), word(3), z + 4 * i + 2, z + 4 * i + 3);
     }
   }
   return buffer + first % 4;
@@ -111,29 +111,6 @@ const float* fetch(const Operand& a, int64_t image, int64_t channel, int64_t pix
   return buffer;
 }
 
-// Write n values past the cache; the lines that a run shares with its neighbours are written plainly.
-void write_past_cache(const float* from, int64_t n, float* to) {
-  int64_t i = 0;
-#if defined(__SSE2__)
-  while (i < n && (reinterpret_cast<uintptr_t>(to + i) & 63) != 0) to[i] = from[i], ++i;
-  for (; i + 16 <= n; i += 16) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
-#else
-    for (int64_t j = i; j < i + 16; j += 4) _mm_stream_ps(to + j, _mm_loadu_ps(from + j));
-#endif
-  }
-#endif
-  for (; i < n; ++i) to[i] = from[i];
-}
-
-// order the writes past the cache before whatever follows
-CALGUIDE_INLINE void finish_writes() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // One long channel where all operands allow, so that small channels do not make short runs.
 void flatten_channels(StepArguments& a) {
   if (a.channels == 1) return;
@@ -151,8 +128,8 @@ void flatten_channels(StepArguments& a) {
 enum Method { ddpm_fixed, ddpm_learned, ddpm_narrow, ddim };
 
 template <int METHOD, Guide GUIDE, bool NOISY>
-void step_run(const StepRow& row, float bound, float guide, float boost, const float* x, const float* eps, const float* v,
-              const float* g, const float* z, float* out, int64_t n) {
+void step_run(const StepRow& row, float bound, float guide, float boost, const float* x, const float* eps,
+              const float* v, const float* g, const float* z, float* out, int64_t n) {
   constexpr bool guided = GUIDE != Guide::none;
   constexpr bool learns = METHOD == ddpm_learned || METHOD == ddpm_narrow;
   constexpr Deviation deviation = static_cast<Deviation>(METHOD == ddim ? ddpm_fixed : METHOD);
@@ -224,8 +201,6 @@ void guided_step(StepArguments a) {
                                 : pick_run<ddpm_fixed>(guide, noisy);
   const StepRun narrow_run = pick_run<ddpm_narrow>(guide, noisy);
   const float bound = a.clip ? 1.0f : __builtin_inff();
-  // x_t is in the cache already when it is overwritten
-  const bool past_cache = a.batch * a.channels * a.pixels * 4 > streamed_bytes && a.out.data != a.x_t.data;
   flatten_channels(a);
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
@@ -251,11 +226,9 @@ void guided_step(StepArguments a) {
         }
         float* out = static_cast<float*>(const_cast<void*>(a.out.data)) + offset_of(a.out, b, channel, pixel);
         const StepRun chosen = learned && all_small(row, v, n) ? narrow_run : run;
-        chosen(row, bound, guided ? a.guide[b] : 0.0f, a.boost[b], x, eps, v, g, z, past_cache ? buffers[0] : out, n);
-        if (past_cache) write_past_cache(buffers[0], n, out);
+        chosen(row, bound, guided ? a.guide[b] : 0.0f, a.boost[b], x, eps, v, g, z, out, n);
       }
     }
-    finish_writes();
   }
 }
 
@@ -264,7 +237,6 @@ void predict_x0(StepArguments a) {
   const float bound = a.clip ? 1.0f : __builtin_inff();
   flatten_channels(a);
   const bool in_place = a.out.type == storage_float32 && a.out.pixel == 1;
-  const bool past_cache = in_place && a.batch * a.channels * a.pixels * 4 > streamed_bytes;
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -279,12 +251,10 @@ void predict_x0(StepArguments a) {
         const float* eps = fetch(a.eps, b, channel, pixel, n, buffers[1]);
         void* out = const_cast<void*>(a.out.data);
         const int64_t at = offset_of(a.out, b, channel, pixel);
-        float* x0 = in_place && !past_cache ? static_cast<float*>(out) + at : buffers[0];
+        float* x0 = in_place ? static_cast<float*>(out) + at : buffers[0];
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) x0[i] = step_x0(row, x[i], eps[i], bound);
-        if (past_cache) {
-          write_past_cache(x0, n, static_cast<float*>(out) + at);
-        } else if (a.out.type == storage_bfloat16) {
+        if (a.out.type == storage_bfloat16) {
           scatter(x0, n, static_cast<BFloat16*>(out) + at, a.out.pixel);
         } else if (a.out.type == storage_float16) {
           scatter(x0, n, static_cast<Float16*>(out) + at, a.out.pixel);
@@ -293,7 +263,6 @@ void predict_x0(StepArguments a) {
         }
       }
     }
-    finish_writes();
   }
 }
 
