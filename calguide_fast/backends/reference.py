@@ -66,7 +66,7 @@ def guidance_gradient(
     # p log p with p = 0 is 0, also where log p is -inf
     log_p = log_p.masked_fill(masked, 0.0)
     entropy = -(p * log_p).sum(1, keepdim=True)
-    weight = entropy_weight
+    weight: float | Tensor = entropy_weight
     if adaptive_entropy:
         log_c = num_classes.to(f.dtype).log()
         weight = entropy_weight * (1 - torch.where(num_classes > 1, entropy / log_c, 0 * entropy))
