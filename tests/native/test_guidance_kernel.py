@@ -182,6 +182,19 @@ def test_saturated_label_keeps_its_digits():
         assert ((grad - expected).abs() / expected.abs()).max() < 2e-5, name((code, order))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in (JS, HELLINGER, CHI2, ALPHA)], ids=name)
+@pytest.mark.parametrize("gap", [5.0, 9.0, 10.5, 14.0, 20.0])
+@pytest.mark.parametrize("classes, place", [(3, 0), (40, 39), (1500, 0), (1500, 700)])
+def test_saturated_other_class_keeps_its_digits(case, gap, classes, place):
+    logits, labels = batch(4, classes, 0.5)
+    logits[:, place] += gap
+    labels[:] = 1
+    # without a marginal term nothing hides the small gradient of the class that is nearly certain
+    grad, _ = kernel(logits, labels, *case, marginal=0.0, joint=0.0)
+    expected, _ = restatement(logits, labels, *case, marginal=0.0, joint=0.0)
+    assert ((grad - expected)[:, place].abs() / expected[:, place].abs()).max() < 1e-5
+
+
 @pytest.mark.parametrize("case", CASES, ids=name)
 @pytest.mark.parametrize("marginal", [0.5, 1.0, 0.8])
 def test_invalid_rows_are_nan_and_alone(case, marginal):
