@@ -12,8 +12,9 @@ import torch
 
 Call = Callable[[], Any]
 
-SECONDS_PER_ROW, SMOKE_SECONDS_PER_ROW = 0.6, 0.02
-MIN_ROUNDS, MAX_ROUNDS = 15, 3000
+# of each side of each row
+SECONDS, SMOKE_SECONDS = 0.4, 0.02
+BLOCKS = 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,21 +38,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``compare(group, peer_name, peer, ours, floor)`` times ``peer`` and ``ours`` in turn and keeps the ratio."""
+    """``compare(group, name, peer, ours, floor)`` times both in turn; the ratio is kept beside the peer's statistics.
+
+    They alternate in blocks of calls, not call by call: after one call of a long peer the caches hold nothing of ours,
+    and after a short call of ours they still hold the peer's.
+    """
 
     def run(group: str, name: str, peer: Call, ours: Call, floor: float | None = None, size: int = 0) -> None:
-        seconds = SMOKE_SECONDS_PER_ROW if request.config.getoption("--smoke") else SECONDS_PER_ROW
-        rounds = int(seconds / (_seconds(peer) + _seconds(ours)))
-        our_times: list[float] = []
-
-        def one_call_of_ours() -> None:
-            start = time.perf_counter()
-            ours()
-            our_times.append(time.perf_counter() - start)
+        seconds = SMOKE_SECONDS if request.config.getoption("--smoke") else SECONDS
+        peer_calls, our_calls = (max(1, round(seconds / BLOCKS / _seconds(call))) for call in (peer, ours))
+        peer_times, our_times = [], []
+        for _ in range(BLOCKS):
+            peer_times.append(_block(peer, peer_calls))
+            our_times.append(_block(ours, our_calls))
+        peer_time, our_time = statistics.median(peer_times), statistics.median(our_times)
 
         benchmark.group = group
-        benchmark.pedantic(peer, setup=one_call_of_ours, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
-        peer_time, our_time = benchmark.stats.stats.median, statistics.median(our_times)
+        benchmark.pedantic(peer, iterations=peer_calls, rounds=BLOCKS)
         benchmark.extra_info.update(
             peer=name,
             peer_us=peer_time * 1e6,
@@ -66,12 +69,18 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     return run
 
 
+def _block(call: Call, count: int) -> float:
+    """Seconds a call takes, over so many."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
 def _seconds(call: Call) -> float:
     """A rough time of one warm call."""
-    call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    _block(call, 3)
+    return _block(call, 3)
 
 
 # after pytest-benchmark's own tables

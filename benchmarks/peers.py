@@ -57,9 +57,8 @@ def _js(logits: Tensor, labels: Tensor) -> Scored:
     grad, log_prob, log_p, label = _common(logits, labels)
     q_label, q_other = _targets(logits.shape[1])
     p = log_p.exp()
-    total = p + q_other
-    total.scatter_add_(1, label, torch.full_like(p[:, :1], q_label - q_other))
-    log_total = total.log()
+    # q written out: Inductor was seen to take the log before a scatter into p + q
+    log_total = (p + torch.full_like(p, q_other).scatter_(1, label, q_label)).log()
     w = 0.5 * p * (log_p - log_total + math.log(2))
     w_sum = w.sum(1)
     q_log_total = q_other * log_total.sum(1) + (q_label - q_other) * log_total.gather(1, label).squeeze(1)

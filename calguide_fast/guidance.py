@@ -40,7 +40,7 @@ class Guidance:
         entropy_weight: λ.
         adaptive_entropy: λ_b = λ (1 − H/log C) for each image.
         entropy_scaling: None, or the largest factor allowed when the gradient is multiplied by log C / H(p)
-            (ED-DPM, arXiv 2206.00408), which is at least 1.
+            (ED-DPM, arXiv 2206.11474), which is at least 1.
         tilt: t of tilted sampling, per nat; 0 is off. Negative values favour images that the classifier doubts.
         tilt_on: what is tilted: ``"log_prob"`` (the paper's) or ``"score"``.
         tilt_max: clip the tilt weights here; None for no clip.

@@ -28,7 +28,7 @@ Noise = Tensor | Callable[[], Tensor]
 class Step(NamedTuple):
     """What a callback sees after each step of a batch."""
 
-    index: int  # 0 for the first step from x_T
+    index: int  # type: ignore[assignment]  # hides tuple's method; 0 for the first step from x_T
     num_steps: int
     timestep: int  # of the original process
     sigma: float  # noise level before the step
@@ -179,9 +179,10 @@ class FDivSampler:
         if method == "ddim" and self.guidance is not None and self.guidance.sine_boost:
             raise ValueError("sine_boost belongs to method='ddpm'")
         timeline = self.schedule.respaced(steps)
-        count = _count(labels)
+        wanted = self._wanted(labels)
+        count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
-        labels = self._labels(labels, seeds)
+        labels = draw_labels(seeds, self.num_classes) if isinstance(wanted, int) else wanted
         batch_size = count if batch_size is None else batch_size
         if count and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be at least 1")
@@ -221,8 +222,9 @@ class FDivSampler:
             x_t = sampling_noise(run.seeds, self.shape, draw=0)
         x_t = x_t.to(self.device, torch.float32, copy=True)
         spare = torch.empty_like(x_t)
-        boost = guidance.sine_boost if guidance is not None else 0.0
-        variance_max = x_t.new_zeros(len(x_t)) if boost else None
+        # the numbers that every step takes, guided or not
+        numbers = guidance if guidance is not None else Guidance("none")
+        variance_max = x_t.new_zeros(len(x_t)) if numbers.sine_boost else None
         random = method == "ddpm" or self.eta > 0
 
         for index, k in enumerate(reversed(range(len(timeline)))):
@@ -234,7 +236,7 @@ class FDivSampler:
             if guidance is not None and guidance.guides_at(sigma):
                 if self.classifier is not None and self.classifier_input == "x0":
                     x0 = self._predict_x0(x_t, model_output, coefficients[k])
-                found = self._image_gradient(x_t if x0 is None else x0, t, run.labels)
+                found = self._image_gradient(guidance, x_t if x0 is None else x0, t, run.labels)
                 scores = guidance.tilted(found.stats) if found.stats is not None else None
 
             draw = next(draws)
@@ -244,20 +246,20 @@ class FDivSampler:
                 coefficients[k],
                 found.gradient if found is not None else None,
                 method=method,
-                scale=guidance.scale if guidance is not None else 1.0,
+                scale=numbers.scale,
                 scores=scores,
-                tilt=guidance.tilt if scores is not None else 0.0,
-                max_weight=guidance.tilt_max if scores is not None else None,
+                tilt=numbers.tilt,
+                max_weight=numbers.tilt_max,
                 noise=draw if random else None,
                 seeds=run.seeds if random and draw is None else None,
                 variance_max=variance_max,
-                sine_boost=boost,
+                sine_boost=numbers.sine_boost,
                 clip=self.clip_denoised,
                 out=spare,
             )
             x_t, spare = spare, x_t
             if record is not None and found is not None:
-                weights = None if scores is None else tilt_weights(scores, guidance.tilt, max_weight=guidance.tilt_max)
+                weights = None if scores is None else tilt_weights(scores, numbers.tilt, max_weight=numbers.tilt_max)
                 record.write(index, run.images, found, weights)
             yield Step(index, len(timeline), timestep, sigma, run.images, x_t, x0)
 
@@ -265,7 +267,7 @@ class FDivSampler:
         x_t = x_t.to(self._model_dtype)
         if not self.class_conditional:
             return self.model(x_t, t, **self.model_kwargs)
-        if self.cfg_scale == 1.0:
+        if self.cfg_scale == 1.0 or self.null_class is None:
             return self.model(x_t, t, y=labels, **self.model_kwargs)
         null = torch.full_like(labels, self.null_class)
         both = self.model(
@@ -281,20 +283,20 @@ class FDivSampler:
         dtype = torch.float32 if self._classifier_dtype == torch.float64 else self._classifier_dtype
         return predict_x0(x_t, model_output, coefficients, self.clip_denoised, dtype, self._classifier_layout)
 
-    def _image_gradient(self, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
+    def _image_gradient(self, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
         if self.cond_fn is not None:
             return ImageGradient(_at_most_float32(self.cond_fn(x, t, y=labels, **self.model_kwargs)), None)
         x = x.to(self._classifier_dtype, memory_format=self._classifier_layout)
-        gradient, stats = self.guidance.image_gradient(self._classify(t), x, labels)
-        return ImageGradient(_at_most_float32(gradient), GuidanceStats(*map(_at_most_float32, stats)))
+        gradient, stats = guidance.image_gradient(lambda x: self._classify(x, t), x, labels)
+        narrowed = None if stats is None else GuidanceStats(*map(_at_most_float32, stats))
+        return ImageGradient(_at_most_float32(gradient), narrowed)
 
-    def _classify(self, t: Tensor) -> Callable[[Tensor], Tensor]:
-        """Logits as a function of the image alone."""
+    def _classify(self, x: Tensor, t: Tensor) -> Tensor:
+        """The classifier's logits of x̂₀ or x_t."""
+        assert self.classifier is not None
         if self.classifier_input == "xt":
-            return lambda x_t: self.classifier(x_t, t)
-        if self.classifier_transform is None:
-            return self.classifier
-        return lambda x0: self.classifier(self.classifier_transform(x0))
+            return self.classifier(x, t)
+        return self.classifier(x if self.classifier_transform is None else self.classifier_transform(x))
 
     def _draws(self, noise: Noise | None, run: _Batch) -> Iterator[Tensor | None]:
         """x_T, then each step's noise in order of use; None where the seeds are to be used."""
@@ -310,11 +312,14 @@ class FDivSampler:
             raise ValueError(f"noise() must return a tensor of shape {expected}, got {getattr(draw, 'shape', draw)!r}")
         return draw.to(self.device, torch.float32)
 
-    def _labels(self, labels: int | Sequence[int] | Tensor, seeds: Tensor) -> Tensor:
-        if _is_count(labels):
+    def _wanted(self, labels: int | Sequence[int] | Tensor) -> int | Tensor:
+        """How many images to draw labels for, or the labels: (N,) int64 on the CPU."""
+        if isinstance(labels, (int, np.integer)) and not isinstance(labels, bool):
+            if labels < 0:
+                raise ValueError(f"labels={labels} must not be negative, as a number of images")
             if self.num_classes is None:
                 raise ValueError("to draw labels the sampler must know num_classes; give it or the labels themselves")
-            return draw_labels(seeds, self.num_classes)
+            return int(labels)
         labels = torch.as_tensor(labels)
         if labels.ndim != 1 or (labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool)):
             raise ValueError(f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}")
@@ -342,21 +347,6 @@ def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, 
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(f"guidance must be a Guidance or None, got {type(guidance).__name__}")
     return guidance
-
-
-def _is_count(labels: Any) -> bool:
-    return isinstance(labels, (int, np.integer)) and not isinstance(labels, bool)
-
-
-def _count(labels: int | Sequence[int] | Tensor) -> int:
-    """How many images ``labels`` asks for."""
-    if not _is_count(labels):
-        if not hasattr(labels, "__len__"):
-            raise TypeError(f"labels={labels!r} must be (N,) integers, or the number N of images")
-        return len(labels)
-    if labels < 0:
-        raise ValueError(f"labels={labels} must not be negative, as a number of images")
-    return int(labels)
 
 
 def _at_most_float32(tensor: Tensor) -> Tensor:

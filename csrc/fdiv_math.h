@@ -6,8 +6,9 @@
 // The Kullback-Leibler family needs no term per class beyond p_i and p_i log p_i:
 //   KL(q||p): gradient p_i - q_i
 //   KL(p||q): gradient p_i (log p_i - log q_i - D)
-// The others are summed: class_terms of each class, w normalised so that phi'(1) = 0. Those whose terms are powers of p / q
-// are computed in double: there G_i is a small difference of terms as large as (1 / q)^(a - 1).
+// The others are summed: class_terms of each class, w normalised so that phi'(1) = 0. All terms are homogeneous: p and q
+// may come with any common factor, and p be an exponential before its normalisation. Those that are powers of p / q are
+// computed in double, as there G_i is a small difference of terms as large as (1 / q)^(a - 1).
 #pragma once
 
 #include <math.h>
@@ -51,6 +52,9 @@ CALGUIDE_INLINE bool vanishes_finitely(int divergence) {
 // whether the terms are powers of p / q, for which float has too few digits
 CALGUIDE_INLINE bool is_power(int divergence) { return divergence >= divergence_chi2; }
 
+// what the terms of class_terms are to be multiplied by
+CALGUIDE_INLINE double term_unit(int divergence) { return divergence == divergence_js ? 0.5 : 1.0; }
+
 template <class Real>
 struct ClassTerms {
   Real w;      // p phi'(p / q)
@@ -61,38 +65,40 @@ struct ClassTerms {
 template <class Real>
 struct ClassWeight {
   Real q;
-  Real half_q;
   Real q_or_tiny;  // keeps log(p + q) finite where both are 0 and all it meets is 0
   Real log_q;
   Real root_q;
   Real inverse_q;     // 0 where q is 0
   Real order;         // a of alpha:a
-  Real order_less_1;  // a - 1, rounded once
+  Real exponent;      // a where a < 1/2, else a - 1, rounded once
+  Real w_factor;      // 1 / (a - 1)
+  Real value_factor;  // 1 / a
 };
 
 template <class Real>
-CALGUIDE_INLINE ClassWeight<Real> class_weight(double q, double log_q, double root_q, double order) {
+CALGUIDE_INLINE ClassWeight<Real> class_weight(double q, double log_q, double order) {
   ClassWeight<Real> weight = {};
   weight.q = static_cast<Real>(q);
-  weight.half_q = static_cast<Real>(0.5 * q);
   weight.q_or_tiny = static_cast<Real>(q > 1e-37 ? q : 1e-37);
   weight.log_q = static_cast<Real>(log_q);
-  weight.root_q = static_cast<Real>(root_q);
+  weight.root_q = static_cast<Real>(sqrt(q));
   weight.inverse_q = static_cast<Real>(q > 0.0 ? 1.0 / q : 0.0);
   weight.order = static_cast<Real>(order);
-  weight.order_less_1 = static_cast<Real>(order - 1.0);
+  weight.w_factor = static_cast<Real>(1.0 / (order - 1.0));
+  weight.value_factor = static_cast<Real>(1.0 / order);
+  weight.exponent = static_cast<Real>(order < 0.5 ? order : order - 1.0);
   return weight;
 }
 
-// p = exp(d) / s, d the logit less the row's largest. Real is double for a power of p / q and float otherwise.
+// Real is double for a power of p / q and float otherwise.
 template <int D, class Real>
-CALGUIDE_INLINE ClassTerms<Real> class_terms(Real p, Real d, Real log_s, const ClassWeight<Real>& of) {
+CALGUIDE_INLINE ClassTerms<Real> class_terms(Real p, Real log_p, const ClassWeight<Real>& of) {
   if constexpr (D == divergence_js) {
     // phi = (t log t - (t + 1) log((t + 1) / 2)) / 2: one log per class, never that of a clamped ratio
     const Real log_2 = static_cast<Real>(0.6931471805599453);
     const Real log_sum = log_normal(p + of.q_or_tiny);
-    const Real w = static_cast<Real>(0.5) * p * ((d - (log_s - log_2)) - log_sum);
-    return {w, w + of.half_q * ((of.log_q + log_2) - log_sum)};
+    const Real w = p * ((log_p + log_2) - log_sum);
+    return {w, w + of.q * ((of.log_q + log_2) - log_sum)};
   } else if constexpr (D == divergence_hellinger) {
     // phi = (sqrt t - 1)^2
     const Real root = __builtin_sqrtf(p);
@@ -109,13 +115,12 @@ CALGUIDE_INLINE ClassTerms<Real> class_terms(Real p, Real d, Real log_s, const C
     return {of.q > 0 ? ratio * (p + of.q) : p, of.q > 0 ? ratio * difference : p};
   } else {
     static_assert(D == divergence_alpha, "a divergence without class terms");
-    // phi = (t^a - a t + a - 1) / (a (a - 1)). p (t^(a-1) - 1) and q (t^a - 1) sum to a (a - 1) D and (a - 1) a D alike:
-    // below a = 1/2 the second is taken, above it the first, by expm1 so that a may come as close to 0 and to 1 as it likes
-    const Real log_t = (d - log_s) - of.log_q;
+    // phi = (t^a - a t + a - 1) / (a (a - 1)). p (t^(a-1) - 1) and q (t^a - 1) both sum to a (a - 1) D: below a = 1/2
+    // the second is taken, above it the first, by expm1 so that a may come as close to 0 and to 1 as it likes
     const bool low = of.order < static_cast<Real>(0.5);
-    const Real excess = (low ? of.q : p) * expm1_bounded((low ? of.order : of.order_less_1) * log_t);
-    const Real w = (low ? excess + (of.q - p) : excess) / of.order_less_1;
-    return {w, low ? excess / (of.order * of.order_less_1) : w / of.order};
+    const Real excess = (low ? of.q : p) * expm1_bounded(of.exponent * (log_p - of.log_q)) * of.w_factor;
+    const Real w = low ? excess + (of.q - p) * of.w_factor : excess;
+    return {w, excess * of.value_factor};
   }
 }
 

@@ -1,8 +1,9 @@
 """Every op in plain PyTorch: the ground truth that kernels are tested against, and the fallback everywhere else.
 
-Written to be read beside the formulas, not to be fast. Inputs are upcast (float64 stays float64, everything else is
-computed in float32), and results are cast back. Signatures are those that every backend offers; arguments have been
-checked by ``calguide_fast.ops``. Like the kernels, nothing here records a graph for autograd.
+Written to be read beside the formulas, not to be fast. The guidance gradient is computed in float64 whatever the input,
+as it can be a small difference of large terms; the sampling steps and weights in float32, where they are sums of a few
+terms. Results are cast back. Signatures are those that every backend offers; arguments have been checked by
+``calguide_fast.ops``. Like the kernels, nothing here records a graph for autograd.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ def guidance_gradient(
     adaptive_entropy: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Gradient (B, C) in the logits' dtype and statistics (5, B) fp32 (float64 for float64), computed in float64.
+
+    On a device without float64 (Apple's mps) they are computed in float32. A label out of range is a ValueError.
+    """
     check_labels(labels, logits.shape[1])
     # results are contiguous whatever the strides of the logits
-    f = _upcast(logits).contiguous()  # [B, C]
+    f = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).contiguous()  # [B, C]
     y = labels[:, None]
     masked = f == -math.inf
     label_masked = masked.gather(1, y)
@@ -61,7 +66,7 @@ def guidance_gradient(
     # p log p with p = 0 is 0, also where log p is -inf
     log_p = log_p.masked_fill(masked, 0.0)
     entropy = -(p * log_p).sum(1, keepdim=True)
-    weight = entropy_weight
+    weight: float | Tensor = entropy_weight
     if adaptive_entropy:
         log_c = num_classes.to(f.dtype).log()
         weight = entropy_weight * (1 - torch.where(num_classes > 1, entropy / log_c, 0 * entropy))
@@ -80,6 +85,7 @@ def guidance_gradient(
     spoilt = torch.where(entropy.isfinite(), 0.0, math.nan)
     grad = (grad + spoilt).to(logits.dtype)
     stats = torch.stack([(column + spoilt).squeeze(1) for column in (score, log_prob, entropy, d, label_log_prob)])
+    stats = stats.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     return (grad if out is None else out.copy_(grad)), stats
 
 

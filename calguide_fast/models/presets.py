@@ -70,7 +70,7 @@ def _preset(
     )
 
 
-_WIDE = {"model_channels": 256, "num_res_blocks": 2}
+_WIDE: dict[str, Any] = {"model_channels": 256, "num_res_blocks": 2}
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {

@@ -284,8 +284,9 @@ def _check_inputs(logits: Tensor, labels: Tensor, out: Tensor | None) -> Tensor:
         or logits.dtype not in checks.FLOAT_DTYPES
         or not isinstance(labels, Tensor)
         or labels.dtype is not torch.int64
+        or labels.ndim != 1
         or logits.ndim != 2
-        or labels.shape != logits.shape[:1]
+        or labels.shape[0] != logits.shape[0]
         or logits.shape[1] == 0
         or labels.device != logits.device
     ):

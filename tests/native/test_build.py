@@ -70,8 +70,12 @@ def test_one_openmp_runtime():
 
 @pytest.mark.parametrize("isa", cpu._cpu.isas())
 def test_instruction_set_can_be_chosen(isa):
-    done = run("import torch\nfrom calguide_fast import _cpu\nprint(_cpu.isa())", CALGUIDE_CPU_ISA=isa)
-    assert done.stdout.strip() == isa, done.stderr
+    code = "from calguide_fast.backends import cpu\nprint(cpu._cpu.isa())\nprint(cpu.describe())"
+    done = run(code, CALGUIDE_CPU_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    named, described = done.stdout.splitlines()
+    assert named == isa
+    assert described.startswith("C++, ") and isa in described and "OpenMP" in described
 
 
 def test_unknown_instruction_set_is_an_import_error():

@@ -182,6 +182,19 @@ def test_saturated_label_keeps_its_digits():
         assert ((grad - expected).abs() / expected.abs()).max() < 2e-5, name((code, order))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in (JS, HELLINGER, CHI2, ALPHA)], ids=name)
+@pytest.mark.parametrize("gap", [5.0, 9.0, 10.5, 14.0, 20.0])
+@pytest.mark.parametrize("classes, place", [(3, 0), (40, 39), (1500, 0), (1500, 700)])
+def test_saturated_other_class_keeps_its_digits(case, gap, classes, place):
+    logits, labels = batch(4, classes, 0.5)
+    logits[:, place] += gap
+    labels[:] = 1
+    # without a marginal term nothing hides the small gradient of the class that is nearly certain
+    grad, _ = kernel(logits, labels, *case, marginal=0.0, joint=0.0)
+    expected, _ = restatement(logits, labels, *case, marginal=0.0, joint=0.0)
+    assert ((grad - expected)[:, place].abs() / expected[:, place].abs()).max() < 1e-5
+
+
 @pytest.mark.parametrize("case", CASES, ids=name)
 @pytest.mark.parametrize("marginal", [0.5, 1.0, 0.8])
 def test_invalid_rows_are_nan_and_alone(case, marginal):
@@ -329,6 +342,20 @@ def test_threads_and_repeats_give_the_same_bits(code):
         torch.set_num_threads(before)
     for grad, stats in results[1:]:
         assert torch.equal(grad, results[0][0]) and torch.equal(stats, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_float32_whatever_the_default_dtype(dtype):
+    logits, labels = batch(4, 10)
+    expected, expected_stats = kernel(logits.to(dtype), labels, JS)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        grad, stats = kernel(logits.to(dtype), labels, JS)
+    finally:
+        torch.set_default_dtype(before)
+    assert grad.dtype is dtype and stats.dtype is torch.float32
+    assert torch.equal(grad, expected) and torch.equal(stats, expected_stats)
 
 
 def test_alpha_zero_still_reports_the_divergence():

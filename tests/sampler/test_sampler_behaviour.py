@@ -418,7 +418,7 @@ def test_a_shape_that_nobody_knows():
         ({"labels": LABELS[:, None]}, ValueError, r"labels must be \(N,\) integers, got torch.int64 of shape \(7, 1\)"),
         ({"labels": LABELS + 1}, ValueError, r"labels\[2\]=5 is out of range: labels must lie in 0\.\.4"),
         ({"labels": -1}, ValueError, "labels=-1"),
-        ({"labels": True}, (TypeError, ValueError), "labels=True"),
+        ({"labels": True}, ValueError, "labels must be"),
         ({"noise": torch.zeros(5, 7, 3, 6, 6)}, ValueError, r"noise has shape \(5, 7, 3, 6, 6\).*\(6, 7, 3, 6, 6\)"),
         ({"noise": torch.zeros(6, 7, 3, 6, 5)}, ValueError, r"noise has shape \(6, 7, 3, 6, 5\)"),
         (

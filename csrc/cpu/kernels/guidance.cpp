@@ -10,6 +10,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include <type_traits>
+
 #include "fdiv_math.h"
 #include "storage.h"
 
@@ -46,18 +48,15 @@ struct Settings {
 };
 
 // q over n classes
-template <class Real>
 struct Prior {
   int64_t n;
   double label_q, log_label_q;
   double other_q, log_other_q;
   double log_n;
-  ClassWeight<Real> label, other;
 };
 
-template <class Real>
-Prior<Real> make_prior(const Settings& settings, int64_t n, bool has_label) {
-  Prior<Real> prior;
+Prior make_prior(const Settings& settings, int64_t n, bool has_label) {
+  Prior prior;
   prior.n = n;
   const double epsilon = has_label ? settings.arguments->epsilon : 0.0;
   prior.other_q = n > 1 ? (1.0 - epsilon) / n : 1.0;
@@ -65,8 +64,6 @@ Prior<Real> make_prior(const Settings& settings, int64_t n, bool has_label) {
   prior.log_other_q = prior.other_q > 0.0 ? log(prior.other_q) : static_cast<double>(log_zero);
   prior.log_label_q = log(prior.label_q);
   prior.log_n = log(static_cast<double>(n));
-  prior.label = class_weight<Real>(prior.label_q, prior.log_label_q, sqrt(prior.label_q), settings.order);
-  prior.other = class_weight<Real>(prior.other_q, prior.log_other_q, sqrt(prior.other_q), settings.order);
   return prior;
 }
 
@@ -92,8 +89,7 @@ struct Gradient {
   double label;
   // where the divergence overflows: the w_i are infinite, or their sum is
   bool overflows;
-  double w_total;
-  Real inverse_s;
+  double pull;  // alpha sum(w) / s
   // a class other than the label that has most of the probability, and its gradient; -1: none
   int64_t peak;
   double at_peak;
@@ -149,7 +145,7 @@ struct TermSums {
 };
 
 template <int D, bool Half, class Real>
-TermSums term_pass(const Row<Real>& row, int64_t count, Real inverse_s, Real log_s, const ClassWeight<Real>& other) {
+TermSums term_pass(const Row<Real>& row, int64_t count, const ClassWeight<Real>& other) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
   const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
   Real* w = static_cast<Real*>(__builtin_assume_aligned(row.w, 64));
@@ -161,8 +157,7 @@ TermSums term_pass(const Row<Real>& row, int64_t count, Real inverse_s, Real log
     Real sum_w = 0, sum_value = 0;
 #pragma omp simd reduction(+ : sum_w, sum_value)
     for (int64_t i = begin; i < end; ++i) {
-      const Real p = (Half ? e[i] * e[i] : e[i]) * inverse_s;
-      const ClassTerms<Real> terms = class_terms<D>(p, x[i] - max, log_s, of);
+      const ClassTerms<Real> terms = class_terms<D>(Half ? e[i] * e[i] : e[i], x[i] - max, of);
       w[i] = terms.w;
       sum_w += terms.w;
       sum_value += terms.value;
@@ -204,8 +199,8 @@ void overflow_pass(const Row<Real>& row, const Gradient<Real>& gradient, Margina
     const double exponential = marginal == marginal_half ? stored * stored : stored;
     const double second = marginal == marginal_half ? stored : marginal == marginal_general ? row.e2[i] : 0.0;
     const double finite = exponential * (gradient.b1 * d + gradient.b0) + gradient.a2 * second + gradient.c0;
-    const double term = centred(row.w[i], exponential * gradient.inverse_s, gradient.w_total);
-    store_float(grad + i, static_cast<float>(finite - gradient.alpha * term));
+    const double term = centred(static_cast<double>(gradient.alpha) * row.w[i], exponential, gradient.pull);
+    store_float(grad + i, static_cast<float>(finite - term));
   }
 }
 
@@ -251,44 +246,39 @@ ExpSums exponentials(const Row<Real>& row, int64_t count, const Settings& settin
 }
 
 template <int D, class Real>
-TermSums summed_terms(const Row<Real>& row, int64_t count, Marginal marginal, Real inverse_s, Real log_s,
-                      const ClassWeight<Real>& other) {
-  return marginal == marginal_half ? term_pass<D, true>(row, count, inverse_s, log_s, other)
-                                   : term_pass<D, false>(row, count, inverse_s, log_s, other);
+TermSums summed_terms(const Row<Real>& row, int64_t count, Marginal marginal, const ClassWeight<Real>& other) {
+  return marginal == marginal_half ? term_pass<D, true>(row, count, other) : term_pass<D, false>(row, count, other);
 }
 
-TermSums other_terms(int divergence, const Row<float>& row, int64_t count, Marginal marginal, float inverse_s,
-                     float log_s, const ClassWeight<float>& other) {
-  return divergence == divergence_js ? summed_terms<divergence_js>(row, count, marginal, inverse_s, log_s, other)
-                                     : summed_terms<divergence_hellinger>(row, count, marginal, inverse_s, log_s, other);
+TermSums other_terms(int divergence, const Row<float>& row, int64_t count, Marginal marginal,
+                     const ClassWeight<float>& other) {
+  return divergence == divergence_js ? summed_terms<divergence_js>(row, count, marginal, other)
+                                     : summed_terms<divergence_hellinger>(row, count, marginal, other);
 }
 
-TermSums other_terms(int divergence, const Row<double>& row, int64_t count, Marginal marginal, double inverse_s,
-                     double log_s, const ClassWeight<double>& other) {
+TermSums other_terms(int divergence, const Row<double>& row, int64_t count, Marginal marginal,
+                     const ClassWeight<double>& other) {
   switch (divergence) {
-    case divergence_chi2: return summed_terms<divergence_chi2>(row, count, marginal, inverse_s, log_s, other);
-    case divergence_neyman_chi2:
-      return summed_terms<divergence_neyman_chi2>(row, count, marginal, inverse_s, log_s, other);
-    default: return summed_terms<divergence_alpha>(row, count, marginal, inverse_s, log_s, other);
+    case divergence_chi2: return summed_terms<divergence_chi2>(row, count, marginal, other);
+    case divergence_neyman_chi2: return summed_terms<divergence_neyman_chi2>(row, count, marginal, other);
+    default: return summed_terms<divergence_alpha>(row, count, marginal, other);
   }
 }
 
-ClassTerms<float> one_class_terms(int divergence, float p, float d, float log_s, const ClassWeight<float>& of) {
-  return divergence == divergence_js ? class_terms<divergence_js>(p, d, log_s, of)
-                                     : class_terms<divergence_hellinger>(p, d, log_s, of);
+ClassTerms<float> one_class_terms(int divergence, float e, float d, const ClassWeight<float>& of) {
+  return divergence == divergence_js ? class_terms<divergence_js>(e, d, of) : class_terms<divergence_hellinger>(e, d, of);
 }
 
-ClassTerms<double> one_class_terms(int divergence, double p, double d, double log_s, const ClassWeight<double>& of) {
+ClassTerms<double> one_class_terms(int divergence, double e, double d, const ClassWeight<double>& of) {
   switch (divergence) {
-    case divergence_chi2: return class_terms<divergence_chi2>(p, d, log_s, of);
-    case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(p, d, log_s, of);
-    default: return class_terms<divergence_alpha>(p, d, log_s, of);
+    case divergence_chi2: return class_terms<divergence_chi2>(e, d, of);
+    case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(e, d, of);
+    default: return class_terms<divergence_alpha>(e, d, of);
   }
 }
 
 // sum_i q_i (log q_i - log p_i), without 0 * log 0
-template <class Real>
-double reverse_kl(const Prior<Real>& prior, double label_log_p, double others, double sum_other_log_p, bool has_label) {
+double reverse_kl(const Prior& prior, double label_log_p, double others, double sum_other_log_p, bool has_label) {
   double divergence = has_label ? prior.label_q * (prior.log_label_q - label_log_p) : 0.0;
   if (prior.other_q > 0.0) divergence += prior.other_q * (others * prior.log_other_q - sum_other_log_p);
   return divergence;
@@ -302,13 +292,25 @@ struct Peak {
 // The class with d = 0, which must be one of row's, and the sums over row's others, free of what the peak would round away.
 template <class Real>
 Peak find_peak(const Row<Real>& row, Marginal marginal) {
+  const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
+  const Real* w = static_cast<const Real*>(__builtin_assume_aligned(row.w, 64));
+  const bool half = marginal == marginal_half;
   Peak peak = {};
   while (row.x[peak.index] != row.max) ++peak.index;
   peak.w = row.w[peak.index];
-  for (int64_t i = 0; i < row.count; ++i) {
-    if (i == peak.index) continue;
-    peak.other_w += row.w[i];
-    peak.other_e += marginal == marginal_half ? row.e[i] * row.e[i] : row.e[i];
+  const int64_t ends[2][2] = {{0, peak.index}, {peak.index + 1, row.count}};
+  for (const auto& part : ends) {
+    for (int64_t begin = part[0]; begin < part[1]; begin += block_length) {
+      const int64_t end = begin + block_length < part[1] ? begin + block_length : part[1];
+      Real sum_w = 0, sum_e = 0;
+#pragma omp simd reduction(+ : sum_w, sum_e)
+      for (int64_t i = begin; i < end; ++i) {
+        sum_w += w[i];
+        sum_e += half ? e[i] * e[i] : e[i];
+      }
+      peak.other_w += sum_w;
+      peak.other_e += sum_e;
+    }
   }
   return peak;
 }
@@ -318,7 +320,7 @@ double at_least_zero(double value) { return value < 0.0 ? 0.0 : value; }
 // Pads row b and finds its statistics and its gradient's form. False, having changed nothing else, if a logit is not finite
 // (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of them.
 template <class Real>
-bool solve_row(const Settings& settings, const Prior<Real>& prior, const Row<Real>& row, int64_t b,
+bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& row, int64_t b,
                Gradient<Real>& gradient) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int divergence = arguments.divergence;
@@ -359,7 +361,6 @@ bool solve_row(const Settings& settings, const Prior<Real>& prior, const Row<Rea
 
   gradient = {};
   gradient.peak = -1;
-  gradient.inverse_s = static_cast<Real>(1.0 / s);
   // divergence's part of: b0 * s, b1 * s, c0 and the label's gradient
   double linear = 0.0, logarithmic = 0.0, constant = 0.0, at_label = 0.0, value = 0.0;
   if (kl_family) {
@@ -377,35 +378,39 @@ bool solve_row(const Settings& settings, const Prior<Real>& prior, const Row<Rea
       at_label -= settings.alpha * p * (log_p + entropy - rest * gap);
     }
   } else {
-    const Real rounded_log_s = static_cast<Real>(log_s);
-    const TermSums terms =
-        other_terms(divergence, row, count, settings.marginal, gradient.inverse_s, rounded_log_s, prior.other);
-    gradient.w_total = terms.w;
-    value = terms.value;
+    // terms of e and q s, not of p and q: the s divides out of their sums
+    const double unit = term_unit(divergence) / s;
+    const ClassWeight<Real> other = class_weight<Real>(prior.other_q * s, prior.log_other_q + log_s, settings.order);
+    const TermSums terms = other_terms(divergence, row, count, settings.marginal, other);
+    double w_total = terms.w * unit;
+    value = terms.value * unit;
     if (count > row.count) {
-      const ClassTerms<Real> pad = one_class_terms(divergence, Real(0), Real(padding), rounded_log_s, prior.other);
-      value -= static_cast<double>(count - row.count) * pad.value;
+      const ClassTerms<Real> pad = one_class_terms(divergence, Real(0), Real(padding), other);
+      value -= static_cast<double>(count - row.count) * pad.value * unit;
     }
     double label_w = 0.0;
     if (row.has_label) {
-      const ClassTerms<Real> label = one_class_terms(divergence, static_cast<Real>(p), static_cast<Real>(row.label_d),
-                                                     rounded_log_s, prior.label);
-      label_w = label.w;
-      value += label.value;
+      const ClassWeight<Real> weight = class_weight<Real>(prior.label_q * s, prior.log_label_q + log_s, settings.order);
+      const ClassTerms<Real> label =
+          one_class_terms(divergence, static_cast<Real>(label_e), static_cast<Real>(row.label_d), weight);
+      label_w = label.w * unit;
+      value += label.value * unit;
       // w - p (w + the others' sum), with 1 - p as exact as the others' sum
-      at_label -= settings.alpha == 0.0 ? 0.0 : settings.alpha * centred(label_w * rest, p, gradient.w_total);
+      at_label -= settings.alpha == 0.0 ? 0.0 : settings.alpha * centred(label_w * rest, p, w_total);
     }
-    gradient.w_total += label_w;
+    w_total += label_w;
     gradient.has_w = settings.alpha != 0.0;
-    gradient.alpha = static_cast<Real>(settings.alpha);
-    gradient.overflows = gradient.has_w && !isfinite(static_cast<Real>(settings.alpha * gradient.w_total));
-    if (gradient.has_w && !gradient.overflows) linear += settings.alpha * gradient.w_total;
-    if (gradient.has_w && !gradient.overflows && s < 2.0 && row.label_d < 0.0) {
-      // w and p W would cancel to their last digits
+    gradient.alpha = static_cast<Real>(settings.alpha * unit);
+    gradient.pull = settings.alpha * w_total / s;
+    gradient.overflows = gradient.has_w && !isfinite(static_cast<Real>(settings.alpha * w_total));
+    if (gradient.has_w && !gradient.overflows) linear += settings.alpha * w_total;
+    // a float's w and p W would cancel to their last digits; a double has digits to spare
+    if (std::is_same_v<Real, float> && gradient.has_w && s < 1.0625 && row.label_d < 0.0) {
       const Peak peak = find_peak(row, settings.marginal);
-      const double others_w = peak.other_w + label_w, others_e = peak.other_e + label_e;
+      const double others_w = peak.other_w * unit + label_w, others_e = peak.other_e + label_e;
       gradient.peak = peak.index;
-      gradient.at_peak = -tau2 / s2 - lambda / s * (entropy - log_s) - settings.alpha * (peak.w * others_e - others_w) / s;
+      gradient.at_peak = -tau2 / s2 - lambda / s * (entropy - log_s) -
+                         settings.alpha * (peak.w * unit * others_e - others_w) / s;
     }
   }
   value = at_least_zero(value);
@@ -493,7 +498,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
     const float d = static_cast<float>(static_cast<double>(value) - max);
     row.x[row.count++] = d < -1e30f ? -1e30f : d;
   }
-  const Prior<Real> prior = make_prior<Real>(settings, finite, row.has_label);
+  const Prior prior = make_prior(settings, finite, row.has_label);
   Gradient<Real> gradient;
   solve_row(settings, prior, row, b, gradient);
   write_gradient(row, gradient, settings.marginal, compact);
@@ -504,7 +509,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
 }
 
 template <class T, class Real>
-void guide_row(const Settings& settings, const Prior<Real>& prior, Row<Real> row, int64_t b) {
+void guide_row(const Settings& settings, const Prior& prior, Row<Real> row, int64_t b) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int64_t last = arguments.classes - 1;
   const int64_t label = arguments.labels[b * arguments.label_stride];
@@ -527,7 +532,7 @@ void guide_row(const Settings& settings, const Prior<Real>& prior, Row<Real> row
 }
 
 template <class Real>
-void guide_any_row(const Settings& settings, const Prior<Real>& prior, const Row<Real>& row, int64_t b) {
+void guide_any_row(const Settings& settings, const Prior& prior, const Row<Real>& row, int64_t b) {
   switch (settings.arguments->storage) {
     case storage_bfloat16: return guide_row<BFloat16>(settings, prior, row, b);
     case storage_float16: return guide_row<Float16>(settings, prior, row, b);
@@ -549,7 +554,7 @@ void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
   row.e2 = row.e + length;
   row.w = row.e + 2 * length;
   row.x = reinterpret_cast<float*>(row.e + 3 * length);
-  const Prior<Real> prior = make_prior<Real>(settings, settings.arguments->classes, true);
+  const Prior prior = make_prior(settings, settings.arguments->classes, true);
   for (int64_t b = begin; b < end; ++b) guide_any_row(settings, prior, row, b);
   if (buffer != stack) free(buffer);
 }
