@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -26,6 +25,7 @@ from calguide_fast.demo.experiment import (
     trace_gradients,
 )
 from calguide_fast.demo.methods import METHODS, Method
+from calguide_fast.demo.threads import one_thread
 from calguide_fast.samples import Samples, image_grid
 
 TUNING_RUN = 1000  # seeds that strengths are chosen on are never those that are reported
@@ -72,7 +72,7 @@ def run_demo(
     folder = Path(out_dir)
     (folder / "grids").mkdir(parents=True, exist_ok=True)
     say = print if progress else _silence
-    with _one_thread_each() as pool:
+    with one_thread() as cores, ThreadPoolExecutor(cores) as pool:
         _run(folder, plan or (FULL if full else QUICK), methods, Lab(assets), pool, say)
     return folder
 
@@ -112,18 +112,6 @@ def _run(
     took = time.perf_counter() - start
     report.write(folder, plan, methods, measured, floor, sweep, trace, took)
     say(f"done in {took:.0f} s: look at {folder / 'contact_sheet.png'} and {folder / 'results.md'}")
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as cores, each computing with one thread: small networks keep several threads waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _tuned(

@@ -20,6 +20,7 @@ from tqdm.auto import trange
 from calguide_fast.demo import checkpoints
 from calguide_fast.demo.data import Digits, augment, few_labels, load_split
 from calguide_fast.demo.networks import NULL_CLASS, DigitClassifier, digit_unet
+from calguide_fast.demo.threads import one_thread
 from calguide_fast.ops.coefficients import Coefficient
 from calguide_fast.schedule import Schedule
 
@@ -217,8 +218,8 @@ def train_demo(
 ) -> Path:
     """Train all four networks, write them to `out_dir` with a card of how they were made, and return that folder.
 
-    Takes some three minutes on two CPU cores. Everything is drawn from the recipes' seeds; results on another machine
-    or thread count differ by rounding alone, which training amplifies.
+    Takes some three minutes, on one CPU core. Everything is drawn from the recipes' seeds; results on another machine
+    differ by rounding, which training amplifies.
 
     Args:
         out_dir: the folder to write to; the package's own assets if None.
@@ -240,12 +241,13 @@ def train_demo(
     trainings[checkpoints.UNET] = partial(train_diffusion, train, diffusion, progress)
 
     seconds = {}
-    for name, training in trainings.items():
-        start = time.perf_counter()
-        checkpoints.save_half(training(), folder, name)
-        seconds[name] = round(time.perf_counter() - start, 1)
+    with one_thread():
+        for name, training in trainings.items():
+            start = time.perf_counter()
+            checkpoints.save_half(training(), folder, name)
+            seconds[name] = round(time.perf_counter() - start, 1)
+        measured = measure_all(folder)
 
-    measured = measure_all(folder)
     _write_card(folder, {**recipes, checkpoints.UNET: diffusion}, seconds, measured)
     if progress:
         for name, figures in measured.items():
@@ -272,7 +274,6 @@ def _write_card(
             "numpy": np.__version__,
             "scikit-learn": sklearn.__version__,
         },
-        "threads": torch.get_num_threads(),
         "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
         "seconds": seconds,
         "measured_on_test_digits": {
