@@ -12,6 +12,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h
 setup: $(READY)
 
 $(READY): $(SOURCES)
+	rm -f $(VENV)/.ready-*
 	$(PYTHON) -m venv $(VENV)
 	echo "torch==$(TORCH_VERSION)" > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[demo,dev,bench]'

@@ -41,6 +41,7 @@ def test_guided_step(compare, shape: tuple[int, ...], noise: str, peer: str) -> 
     model_output = torch.randn((shape[0], 2 * channels, *shape[2:]), generator=generator)
     coefficients = Schedule.linear().respaced("250").coefficients()[100]
     seeds = torch.arange(shape[0])
+    # as the sampler calls it; the peers have no such buffer to write to
     out = torch.empty_like(x_t)
     row = coefficients.tolist()
 
@@ -60,5 +61,5 @@ def test_guided_step(compare, shape: tuple[int, ...], noise: str, peer: str) -> 
 
     if peer == "torch.compile":
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    group = f"guided_step {'x'.join(map(str, shape))}, noise {noise}"
+    group = f"guided_step {'x'.join(map(str, shape))}, noise {noise}, out="
     compare(group, peer, lambda: step(*inputs), ours, FLOORS[noise][peer][SHAPES.index(shape)], x_t.numel())

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from calguide_fast.ops import checks
 from calguide_fast.ops.guidance import GuidanceStats, Settings, gradient_and_stats, guidance_settings
-from calguide_fast.ops.tilt import tilt_settings
 
 
 class ImageGradient(NamedTuple):
@@ -71,7 +70,9 @@ class Guidance:
         self.settings  # noqa: B018 - checks the score's settings
         checks.number("scale", self.scale)
         checks.number("sine_boost", self.sine_boost, low=0.0)
-        tilt_settings(self.tilt, "mean", self.tilt_max)
+        checks.number("tilt", self.tilt)
+        if self.tilt_max is not None:
+            checks.number("tilt_max", self.tilt_max, low=0.0)
         if self.tilt_on not in ("log_prob", "score"):
             raise ValueError(f"tilt_on={self.tilt_on!r} must be 'log_prob' or 'score'")
         if self.entropy_scaling is not None:
@@ -81,7 +82,7 @@ class Guidance:
 
     def _check_interval(self) -> None:
         try:
-            low, high = self.interval  # type: ignore[misc]
+            low, high = map(float, self.interval)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise ValueError(f"interval={self.interval!r} must be a pair (lo, hi) of noise levels") from None
         # an infinite upper end is the natural way to say "from lo up"
@@ -119,6 +120,8 @@ class Guidance:
             x = x.detach().requires_grad_()
             logits = classifier(x)
         checks.floating("logits", logits)
+        if not logits.requires_grad:
+            raise ValueError("the classifier's logits do not depend differentiably on its input: is it under no_grad?")
         logit_grad, stats = gradient_and_stats(logits.detach(), labels, self.settings)
         scalars = GuidanceStats(*stats.unbind(0))
         if self.entropy_scaling is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def as_seeds(seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
         if seeds.ndim != 1:
             raise ValueError(f"seeds has shape {tuple(seeds.shape)}; it must be ({count},), one for each image")
         numbers = seeds.tolist()
-    elif isinstance(seeds, int):
+    elif not isinstance(seeds, Iterable):
         raise TypeError(
             f"seeds={seeds!r} must hold one seed for each image, for example range({seeds}, {seeds + count})"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class FDivSampler:
         cond_fn: ``cond_fn(x_t, t, y=labels, **model_kwargs)`` returning an image gradient, in place of a classifier
             (guided-diffusion's convention).
         cfg_scale: classifier-free guidance ε̂ = ε̂_u + w (ε̂_c − ε̂_u); 1 is the conditional model by itself.
-        null_class: the label that makes the model unconditional, for ``cfg_scale``.
+        null_class: the label that makes the model unconditional, for ``cfg_scale``; never drawn.
         class_conditional: whether the model takes ``y``; read off ``model.class_conditional`` if not given.
         num_classes: of the labels; read off the classifier or the model if not given.
         shape: (C, *spatial) of one image; read off ``model.in_channels`` and ``model.image_size`` if not given.
@@ -110,7 +110,7 @@ class FDivSampler:
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
         self.class_conditional = _read(class_conditional, model, "class_conditional", False)
-        self.num_classes = _read(num_classes, classifier, "num_classes", _read(None, model, "num_classes", None))
+        self.num_classes = _num_classes(num_classes, classifier, model, null_class)
         self.shape = _image_shape(shape, model)
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
@@ -138,6 +138,8 @@ class FDivSampler:
             raise ValueError("tilt and entropy_scaling need a classifier's logits, which a cond_fn does not show")
         if self.classifier_transform is not None and (self.classifier is None or self.classifier_input != "x0"):
             raise ValueError("classifier_transform needs a classifier with classifier_input='x0'")
+        if self.null_class is not None and (not _is_integer(self.null_class) or self.null_class < 0):
+            raise ValueError(f"null_class={self.null_class!r} must be a label: an integer, 0 or more")
         if self.cfg_scale != 1.0 and (self.null_class is None or not self.class_conditional):
             raise ValueError(f"cfg_scale={self.cfg_scale!r} needs a class-conditional model and its null_class")
         for name in ("model", "classifier"):
@@ -182,18 +184,20 @@ class FDivSampler:
         wanted = self._wanted(labels)
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
-        labels = draw_labels(seeds, self.num_classes) if isinstance(wanted, int) else wanted
-        batch_size = count if batch_size is None else batch_size
-        if count and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be at least 1")
+        labels = draw_labels(seeds, self._known_classes()) if isinstance(wanted, int) else wanted
+        batch_size = max(count, 1) if batch_size is None else batch_size
+        if not _is_integer(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
+        if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
+            raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
         if isinstance(noise, Tensor) and tuple(noise.shape) != (len(timeline) + 1, count, *self.shape):
             expected = (len(timeline) + 1, count, *self.shape)
             raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be (steps+1, N, C, *spatial) = {expected}")
 
-        images = torch.empty((count, *self.shape), device=self.device)
+        images = torch.empty((count, *self.shape), dtype=torch.float32, device=self.device)
         record = Diagnostics.empty(timeline, count, self.device) if self.diagnostics else None
         coefficients = timeline.coefficients(self.variance, self.eta).to(self.device)
-        starts = range(0, count, batch_size) if count else range(0)
+        starts = range(0, count, batch_size)
         with tqdm(total=len(starts) * len(timeline), disable=not progress, unit="step") as bar:
             for start in starts:
                 batch = slice(start, min(start + batch_size, count))
@@ -314,11 +318,9 @@ class FDivSampler:
 
     def _wanted(self, labels: int | Sequence[int] | Tensor) -> int | Tensor:
         """How many images to draw labels for, or the labels: (N,) int64 on the CPU."""
-        if isinstance(labels, (int, np.integer)) and not isinstance(labels, bool):
+        if _is_integer(labels):
             if labels < 0:
                 raise ValueError(f"labels={labels} must not be negative, as a number of images")
-            if self.num_classes is None:
-                raise ValueError("to draw labels the sampler must know num_classes; give it or the labels themselves")
             return int(labels)
         labels = torch.as_tensor(labels)
         if labels.ndim != 1 or (labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool)):
@@ -328,6 +330,11 @@ class FDivSampler:
         if self.num_classes is not None:
             check_labels(labels, self.num_classes)
         return labels
+
+    def _known_classes(self) -> int:
+        if self.num_classes is None:
+            raise ValueError("to draw labels the sampler must know num_classes; give it or the labels themselves")
+        return self.num_classes
 
 
 class _Batch(NamedTuple):
@@ -362,6 +369,20 @@ def _read(value: Any, module: Any, name: str, default: Any) -> Any:
     return default if said is None else said
 
 
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _num_classes(given: int | None, classifier: Any, model: Any, null_class: int | None) -> int | None:
+    """How many classes there are to draw labels from, as far as anybody says."""
+    number = _read(given, classifier, "num_classes", None)
+    if number is not None:
+        return number
+    number = _read(None, model, "num_classes", None)
+    # a model that was trained with a null class may count it, last, among its own
+    return number - 1 if number is not None and null_class == number - 1 else number
+
+
 def _image_shape(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:
     if shape is None:
         channels, size = getattr(model, "in_channels", None), getattr(model, "image_size", None)
@@ -371,9 +392,9 @@ def _image_shape(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:
             )
         height, width = size if isinstance(size, Sequence) else (size, size)
         shape = (channels, height, width)
-    if not all(isinstance(side, int) and side > 0 for side in shape) or len(shape) < 2:
+    if not all(_is_integer(side) and side > 0 for side in shape) or len(shape) < 2:
         raise ValueError(f"shape={tuple(shape)!r} must be (C, *spatial), positive integers")
-    return tuple(shape)
+    return tuple(map(int, shape))
 
 
 def _floating_parameters(module: Any) -> list[Tensor]:

@@ -37,7 +37,8 @@ class Diagnostics:
 
     @classmethod
     def empty(cls, timeline: Timeline, count: int, device: torch.device) -> Diagnostics:
-        tables = [torch.full((len(timeline), count), math.nan, device=device) for _ in range(4)]
+        shape = (len(timeline), count)
+        tables = [torch.full(shape, math.nan, dtype=torch.float32, device=device) for _ in range(4)]
         return cls(torch.tensor(timeline.timesteps[::-1].copy()), torch.tensor(timeline.sigmas[::-1].copy()), *tables)
 
     def write(self, index: int, images: slice, found: ImageGradient, tilt_weight: Tensor | None) -> None:

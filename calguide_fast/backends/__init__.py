@@ -136,12 +136,21 @@ def _restoring(previous: str | None) -> Iterator[None]:
 
 
 class BackendStatus(NamedTuple):
-    """One backend's state: ``loaded``, the devices it is the default on, and ``detail`` (ISA, or why it failed)."""
+    """One backend's state.
+
+    Attributes:
+        name: of the backend.
+        loaded: whether it can compute.
+        default_on: the devices of this machine that it is the choice on.
+        detail: what it is (language, instruction set), or why it could not be loaded.
+        missing: whether it is the kernel for a device of this machine, and could not be loaded.
+    """
 
     name: str
     loaded: bool
     default_on: tuple[str, ...]
     detail: str
+    missing: bool
 
 
 class BackendReport(tuple[BackendStatus, ...]):
@@ -163,8 +172,9 @@ class BackendReport(tuple[BackendStatus, ...]):
 def backend_report() -> BackendReport:
     """Load every backend and say which are there, which is chosen where, and why any could not be loaded."""
     statuses = []
-    # what no kernel takes of this machine's devices falls to the reference, which comes last
-    open_devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    # what no kernel takes falls to the reference, which comes last
+    open_devices = set(devices)
     for name, spec in _SPECS.items():
         backend = _load(name)
         default_on: tuple[str, ...] = ()
@@ -172,7 +182,8 @@ def backend_report() -> BackendReport:
             default_on = tuple(sorted(open_devices if name == "reference" else open_devices & spec.preferred_on))
             open_devices -= set(default_on)
         detail = _failures[name] if backend is None else getattr(backend, "describe", lambda: "plain PyTorch")()
-        statuses.append(BackendStatus(name, backend is not None, default_on, detail))
+        missing = backend is None and not devices.isdisjoint(spec.preferred_on)
+        statuses.append(BackendStatus(name, backend is not None, default_on, detail, missing))
     return BackendReport(statuses)
 
 

@@ -57,6 +57,8 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
 
 def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
     """Standard normals of images of `shape`, channels first, (B, *shape) fp32: a function of seed, draw and stream."""
+    if seeds.device.type == "mps":  # which has no float64 to take the square root in
+        return philox_normal(seeds.cpu(), shape, draw, stream).to(seeds.device)
     elements = math.prod(shape)
     words = philox_words(seeds, -(-elements // 4), draw, stream)
     u = ((words[..., 0::2] >> 8) + 1).float() * 2.0**-24

@@ -43,6 +43,8 @@ def predict_x0(
 ) -> Tensor:
     """The clean image that the model sees in x_t: x̂₀ = √(1/ᾱ) x_t − √(1/ᾱ − 1) ε̂, clipped to [−1, 1].
 
+    Not differentiable: the result is cut off from autograd, as guidance at x̂₀ wants it.
+
     Args:
         x_t: (B, C, *spatial), float32.
         model_output: (B, C or 2C, *spatial), float32, bfloat16 or float16; the first C channels are ε̂.
@@ -93,6 +95,8 @@ def guided_step(
     DDPM: mean + (var + boost)·s·w_b·g + 1[k>0]·exp(½ log var)·z, with the posterior of the clipped x̂₀ and, when the
     model predicts v (2C channels), log var = frac·log β + (1−frac)·log β̃, frac = (v+1)/2.
     DDIM: ε̃ = (√(1/ᾱ) x_t − x̂₀)/√(1/ᾱ−1) − √(1−ᾱ)·s·w_b·g, x̂₀ from ε̃, then √ᾱ₋ x̂₀ + √(1−ᾱ₋−σ²) ε̃ + 1[k>0]·σ z.
+
+    Not differentiable: the result is cut off from autograd.
 
     Args:
         x_t: (B, C, *spatial), float32.

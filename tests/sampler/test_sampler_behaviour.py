@@ -346,11 +346,12 @@ CONSTRUCTION = [
     ({"sine_boost": -0.1}, ValueError, "sine_boost=-0.1 must be finite and at least 0"),
     ({"tilt": math.inf}, ValueError, "tilt=inf must be finite"),
     ({"tilt_on": "entropy"}, ValueError, "tilt_on='entropy' must be 'log_prob' or 'score'"),
-    ({"tilt_max": -1}, ValueError, "max.*=-1"),
+    ({"tilt_max": -1}, ValueError, "tilt_max=-1"),
     ({"entropy_scaling": 0.5}, ValueError, "entropy_scaling=0.5 must be finite and at least 1"),
     ({"interval": (2, 1)}, ValueError, r"interval=\(2, 1\) must be \(lo, hi\) with 0 <= lo < hi"),
     ({"interval": (-1, 1)}, ValueError, "0 <= lo < hi"),
     ({"interval": (math.nan, 1)}, ValueError, "0 <= lo < hi"),
+    ({"interval": ("a", "b")}, ValueError, "must be a pair"),
     ({"interval": 3}, ValueError, "interval=3 must be a pair"),
     ({"interval": (1, 2, 3)}, ValueError, "must be a pair"),
     ({"guidence": 1}, TypeError, "unknown keywords guidence"),
@@ -410,8 +411,11 @@ def test_a_shape_that_nobody_knows():
         ({"method": "heun"}, ValueError, "method='heun' must be one of 'ddpm', 'ddim'"),
         ({"steps": "many"}, ValueError, "steps='many'"),
         ({"steps": 2000}, ValueError, "asks for 2000 timesteps"),
-        ({"batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
-        ({"batch_size": -2}, ValueError, "batch_size=-2 must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size=0 must be an integer, at least 1"),
+        ({"batch_size": -2}, ValueError, "batch_size=-2 must be an integer, at least 1"),
+        ({"batch_size": 2.5}, ValueError, "batch_size=2.5 must be an integer"),
+        ({"noise": [torch.zeros(7, 3, 6, 6)] * 6}, TypeError, "noise must be a tensor, a callable.*got list"),
+        ({"seeds": np.int64(3)}, TypeError, "must hold one seed for each image"),
         ({"seeds": [1, 2]}, ValueError, "seeds has 2 entries for 7 images"),
         ({"labels": LABELS.float()}, ValueError, r"labels must be \(N,\) integers, got torch.float32"),
         ({"labels": LABELS > 1}, ValueError, "labels must be"),
@@ -451,3 +455,35 @@ def test_more_wrong_calls():
         sample(FDivSampler(unet(), cond_fn=lambda x, t, y: x[:, :1]))
     with pytest.raises(ValueError, match="eta=9.0 is too large"):
         sample(FDivSampler(unet(), eta=9.0), method="ddim")
+
+
+def test_the_null_class_is_not_drawn():
+    """A model trained for classifier-free guidance may count its null class among its classes."""
+    model = unet(num_classes=5)
+    model.num_classes = 6
+    sampler = FDivSampler(model, guidance=None, cfg_scale=2.0, null_class=5)
+    assert sampler.num_classes == 5
+    drawn = sampler.sample(200, seeds=range(200), steps=1, progress=False).labels
+    assert drawn.max() == 4 and drawn.min() == 0
+    assert FDivSampler(model, guidance=None).num_classes == 6
+    assert FDivSampler(model, guidance=None, null_class=5, num_classes=6).num_classes == 6
+    for wrong in ("x", -1, 1.5):
+        with pytest.raises(ValueError, match="null_class=.* must be a label"):
+            FDivSampler(model, guidance=None, cfg_scale=2.0, null_class=wrong)
+
+
+def test_a_classifier_that_hides_its_gradient():
+    guide = classifier()
+    with pytest.raises(ValueError, match="do not depend differentiably"):
+        sample(FDivSampler(unet(), torch.no_grad()(guide.forward), num_classes=5))
+
+
+def test_results_are_float32_whatever_the_default_dtype():
+    sampler = guided()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = sample(sampler)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.images.dtype == torch.float32 and found.diagnostics.gradient_norm.dtype == torch.float32
+    assert torch.equal(found.images, sample(sampler).images)
