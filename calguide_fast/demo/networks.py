@@ -13,7 +13,7 @@ FEATURES = 64
 
 
 def digit_unet() -> UNet:
-    """ADM's UNet for 8×8 digits: 10 classes and a null class, ε and v out, 756k parameters."""
+    """ADM's UNet for 8×8 digits: 10 classes and a null class, ε and v out, 757k parameters."""
     return UNet(
         image_size=IMAGE_SIZE,
         in_channels=1,
