@@ -10,8 +10,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include <type_traits>
-
 #include "fdiv_math.h"
 #include "storage.h"
 
@@ -404,8 +402,8 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& ro
     gradient.pull = settings.alpha * w_total / s;
     gradient.overflows = gradient.has_w && !isfinite(static_cast<Real>(settings.alpha * w_total));
     if (gradient.has_w && !gradient.overflows) linear += settings.alpha * w_total;
-    // a float's w and p W would cancel to their last digits; a double has digits to spare
-    if (std::is_same_v<Real, float> && gradient.has_w && s < 1.0625 && row.label_d < 0.0) {
+    // the peak's w and p W cancel to the last digits of a float, and of a double where w is as large as (1 / q)^(a - 1)
+    if (gradient.has_w && s < 1.0625 && row.label_d < 0.0) {
       const Peak peak = find_peak(row, settings.marginal);
       const double others_w = peak.other_w * unit + label_w, others_e = peak.other_e + label_e;
       gradient.peak = peak.index;
