@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # NaN and infinity must stay what they are, so nothing of -ffast-math that assumes them away
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+FLOAT_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+# a switch over an enum leaves none of its values out
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *FLOAT_FLAGS, "-Wall", "-Werror=switch"]
 
 # each kernel source is compiled once per instruction set; the widest one the machine has is chosen at run time
 ISA_FLAGS = {

@@ -17,8 +17,8 @@ def log(t: Tensor | Decimal):
     return t.ln() if isinstance(t, Decimal) else t.log()
 
 
-# phi(t) of D(q‖p) = sum_i q_i phi(p_i / q_i), of tensors and of Decimals; a divergence of the package without an entry here
-# fails its tests
+# phi(t) of D(q‖p) = sum_i q_i phi(p_i / q_i), of tensors and of Decimals; a divergence of the package without an entry
+# here fails its tests
 PHI: dict[str, Callable] = {
     "none": lambda t: 0 * t,
     "reverse_kl": lambda t: -log(t),

@@ -1,4 +1,4 @@
-"""A class far ahead of all others, the label or a wrong one, against 100-digit decimals: float64 autograd cancels there."""
+"""A class far ahead of all others, the label or a wrong one, against 100-digit decimals: autograd cancels there."""
 
 from __future__ import annotations
 
