@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # NaN and infinity must stay what they are, so nothing of -ffast-math that assumes them away
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+FLOAT_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+# a switch over an enum leaves none of its values out
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *FLOAT_FLAGS, "-Wall", "-Werror=switch"]
 
 # each kernel source is compiled once per instruction set; the widest one the machine has is chosen at run time
 ISA_FLAGS = {
@@ -60,12 +62,25 @@ def cxx() -> list[str]:
 
 
 def accepts(flags: list[str], source: str = "int main() { return 0; }\n") -> bool:
-    """Whether the compiler builds and links a program with these flags."""
+    """Whether the compiler builds a program with these flags, and links it unless they say -c."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "probe.cpp"
         program.write_text(source)
         command = [*cxx(), "-std=c++17", *flags, str(program), "-o", str(program.with_suffix(""))]
         return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def python_include() -> str:
+    """The folder of Python's own headers, which distributions package apart from Python."""
+    folder = sysconfig.get_path("include")
+    if accepts(["-c", f"-I{folder}"], "#include <Python.h>\n"):
+        return folder
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise SystemExit(
+        f"calguide_fast needs Python's headers to install, and Python.h in {folder} is missing or does not compile. "
+        f"Install them (Debian/Ubuntu: apt install python3-dev or python{version}-dev; "
+        "Fedora: dnf install python3-devel) or use a Python that has them (conda, python.org, uv)."
+    )
 
 
 def openmp_flags() -> list[str]:
@@ -99,7 +114,7 @@ def cpu_module() -> NativeModule:
         for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp"))
         for isa in isas
     ]
-    includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{python_include()}"]
     has_isa = [f"-DCALGUIDE_HAS_{isa.upper()}" for isa in isas]
     host = [*cxx(), *CXX_FLAGS, *openmp, "-ffp-contract=off", *has_isa, *includes]
     host_sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
@@ -113,6 +128,8 @@ def write_ninja(module: NativeModule, target: Path, folder: Path) -> Path:
     path = folder / "build.ninja"
     with path.open("w") as stream:
         ninja = Writer(stream, width=10000)
+        # where ninja keeps its log, else the folder it was started in
+        ninja.variable("builddir", str(folder).replace("$", "$$"))
         ninja.rule("compile", "$compiler -c $in -o $out", description="compile $out")
         ninja.rule("link", "$linker $in -o $out", description="link $out")
         outputs = []

@@ -17,8 +17,8 @@
 
 namespace calguide {
 
-// codes as the bindings pass them
-enum Divergence {
+// codes as the bindings pass them, the same as in ops/divergences.py
+enum Divergence : int {
   divergence_none = 0,
   divergence_reverse_kl = 1,
   divergence_forward_kl = 2,
@@ -28,32 +28,38 @@ enum Divergence {
   divergence_chi2 = 6,
   divergence_neyman_chi2 = 7,
   divergence_alpha = 8,
+  divergence_count
 };
+
+// how a divergence is summed: as the two KLs that it is made of, or from class_terms in the precision that they need
+enum Summation { sum_of_kls, sum_of_floats, sum_of_doubles };
+
+struct DivergenceTraits {
+  Summation summation;
+  bool reverse_kl, forward_kl;  // the parts of a sum of KLs
+  bool vanishes_finitely;       // whether a class of probability 0 has finite terms whatever its log p
+  double unit;                  // what the terms of class_terms are to be multiplied by
+};
+
+// A divergence without a line here does not compile, nor does one of class terms that class_terms does not know.
+CALGUIDE_INLINE constexpr DivergenceTraits divergence_traits(int divergence) {
+  switch (static_cast<Divergence>(divergence)) {
+    case divergence_none: return {sum_of_kls, false, false, true, 1.0};
+    case divergence_reverse_kl: return {sum_of_kls, true, false, true, 1.0};
+    case divergence_forward_kl: return {sum_of_kls, false, true, true, 1.0};
+    case divergence_js: return {sum_of_floats, false, false, true, 0.5};
+    case divergence_jeffreys: return {sum_of_kls, true, true, true, 1.0};
+    case divergence_hellinger: return {sum_of_floats, false, false, true, 1.0};
+    case divergence_chi2: return {sum_of_doubles, false, false, true, 1.0};
+    case divergence_neyman_chi2: return {sum_of_doubles, false, false, false, 1.0};
+    case divergence_alpha: return {sum_of_doubles, false, false, false, 1.0};
+    case divergence_count: break;
+  }
+  return {};
+}
 
 // stands for log 0 where q_i = 0 (epsilon = 1): finite, so that 0 * log 0 is 0 and a difference of two is not NaN
 constexpr float log_zero = -1e30f;
-
-// weight of KL(q||p) and of KL(p||q) in a divergence of the Kullback-Leibler family
-CALGUIDE_INLINE bool is_kl_family(int divergence) {
-  return divergence <= divergence_forward_kl || divergence == divergence_jeffreys;
-}
-CALGUIDE_INLINE bool has_reverse_kl(int divergence) {
-  return divergence == divergence_reverse_kl || divergence == divergence_jeffreys;
-}
-CALGUIDE_INLINE bool has_forward_kl(int divergence) {
-  return divergence == divergence_forward_kl || divergence == divergence_jeffreys;
-}
-
-// whether a class of probability 0 has finite terms whatever its log p
-CALGUIDE_INLINE bool vanishes_finitely(int divergence) {
-  return divergence == divergence_js || divergence == divergence_hellinger || divergence == divergence_chi2;
-}
-
-// whether the terms are powers of p / q, for which float has too few digits
-CALGUIDE_INLINE bool is_power(int divergence) { return divergence >= divergence_chi2; }
-
-// what the terms of class_terms are to be multiplied by
-CALGUIDE_INLINE double term_unit(int divergence) { return divergence == divergence_js ? 0.5 : 1.0; }
 
 template <class Real>
 struct ClassTerms {
@@ -114,13 +120,31 @@ CALGUIDE_INLINE ClassTerms<Real> class_terms(Real p, Real log_p, const ClassWeig
     const Real ratio = difference / p;
     return {of.q > 0 ? ratio * (p + of.q) : p, of.q > 0 ? ratio * difference : p};
   } else {
-    static_assert(D == divergence_alpha, "a divergence without class terms");
+    static_assert(D == divergence_alpha, "class_terms does not know this divergence");
     // phi = (t^a - a t + a - 1) / (a (a - 1)). p (t^(a-1) - 1) and q (t^a - 1) both sum to a (a - 1) D: below a = 1/2
     // the second is taken, above it the first, by expm1 so that a may come as close to 0 and to 1 as it likes
     const bool low = of.order < static_cast<Real>(0.5);
     const Real excess = (low ? of.q : p) * expm1_bounded(of.exponent * (log_p - of.log_q)) * of.w_factor;
     const Real w = low ? excess + (of.q - p) * of.w_factor : excess;
     return {w, excess * of.value_factor};
+  }
+}
+
+// a divergence as a type, from which it can be read at compile time
+template <int D>
+struct DivergenceCode {
+  static constexpr int value = D;
+};
+
+// Calls body with the DivergenceCode of the given divergence, one of those whose class_terms are summed in Real.
+template <class Real, int D = 0, class Body>
+CALGUIDE_INLINE void with_divergence(int divergence, const Body& body) {
+  if constexpr (D < divergence_count) {
+    constexpr Summation summation = sizeof(Real) == sizeof(double) ? sum_of_doubles : sum_of_floats;
+    if constexpr (divergence_traits(D).summation == summation) {
+      if (divergence == D) return body(DivergenceCode<D>());
+    }
+    with_divergence<Real, D + 1>(divergence, body);
   }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,19 @@ from torch import Tensor
 
 from calguide_fast.ops.divergences import CODES
 
-# phi(t) of D(q‖p) = sum_i q_i phi(p_i / q_i); a divergence of the package without an entry here fails its tests
-PHI: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.zeros_like,
-    "reverse_kl": lambda t: -t.log(),
-    "forward_kl": lambda t: t * t.log(),
-    "js": lambda t: (t * t.log() - (t + 1) * ((t + 1) / 2).log()) / 2,
-    "jeffreys": lambda t: (t - 1) * t.log(),
+
+def log(t: Tensor | Decimal):
+    return t.ln() if isinstance(t, Decimal) else t.log()
+
+
+# phi(t) of D(q‖p) = sum_i q_i phi(p_i / q_i), of tensors and of Decimals; a divergence of the package without an entry
+# here fails its tests
+PHI: dict[str, Callable] = {
+    "none": lambda t: 0 * t,
+    "reverse_kl": lambda t: -log(t),
+    "forward_kl": lambda t: t * log(t),
+    "js": lambda t: (t * log(t) - (t + 1) * log((t + 1) / 2)) / 2,
+    "jeffreys": lambda t: (t - 1) * log(t),
     "hellinger": lambda t: (t.sqrt() - 1) ** 2,
     "chi2": lambda t: (t - 1) ** 2,
     "neyman_chi2": lambda t: (1 - t) ** 2 / t,
@@ -36,11 +43,16 @@ ORDERS = (-1.0, 0.5, 1.5, 2.0, 3.0)
 NAMES = [name for name in CODES if name != "alpha"] + [f"alpha:{order:g}" for order in ORDERS]
 
 
-def phi(name: str) -> Callable[[Tensor], Tensor]:
+def phi(name: str) -> Callable:
     if not name.startswith("alpha:"):
         return PHI[name]
-    a = float(name.removeprefix("alpha:"))
-    return lambda t: (t**a - a * t + a - 1) / (a * (a - 1))
+    order = float(name.removeprefix("alpha:"))
+
+    def cressie_read(t: Tensor | Decimal):
+        a = Decimal(order) if isinstance(t, Decimal) else order
+        return (t**a - a * t + a - 1) / (a * (a - 1))
+
+    return cressie_read
 
 
 def one_hot_divergence(name: str) -> Callable[[Tensor], Tensor] | None:

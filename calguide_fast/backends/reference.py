@@ -77,8 +77,7 @@ def guidance_gradient(
     d = terms.masked_fill(masked, 0.0).sum(1, keepdim=True)
     if alpha != 0.0:
         w = w.masked_fill(masked, 0.0)
-        # an infinite w (Neyman, alpha < 0) stays infinite: its own term outweighs p times the sum
-        grad = grad - alpha * torch.where(w.isinf(), w, w - torch.where(p > 0, p * w.sum(1, keepdim=True), 0 * p))
+        grad = grad - alpha * _centred(w, p)
         score = score - alpha * d
     label_log_prob = log_p.gather(1, y).masked_fill(label_masked, -math.inf)
     # a NaN or infinite logit spoils the whole row, whichever terms are switched on
@@ -87,6 +86,19 @@ def guidance_gradient(
     stats = torch.stack([(column + spoilt).squeeze(1) for column in (score, log_prob, entropy, d, label_log_prob)])
     stats = stats.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     return (grad if out is None else out.copy_(grad)), stats
+
+
+def _centred(w: Tensor, p: Tensor) -> Tensor:
+    """w_i − p_i Σ_j w_j, (B, C)."""
+    total = w.sum(1, keepdim=True)
+    # an infinite w (Neyman, alpha < 0) stays infinite: its own term outweighs p times the sum
+    centred = torch.where(w.isinf(), w, w - torch.where(p > 0, p * total, 0 * p))
+    # for the likeliest class (1 − p) w less p times the others' sum: the same, but exact where p rounds to 1
+    top = p.argmax(1, keepdim=True)
+    others_p = p.scatter(1, top, 0.0).sum(1, keepdim=True)
+    others_w = w.scatter(1, top, 0.0).sum(1, keepdim=True)
+    w_top, p_top = w.gather(1, top), p.gather(1, top)
+    return centred.scatter(1, top, torch.where(w_top.isinf(), w_top, others_p * w_top - p_top * others_w))
 
 
 # Each function returns w_i = p_i phi'(p_i / q_i) and the terms q_i phi(p_i / q_i) of D, up to parts whose sum is 0.

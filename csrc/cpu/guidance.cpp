@@ -2,6 +2,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "fdiv_math.h"
+
 namespace calguide {
 namespace {
 
@@ -16,6 +20,10 @@ int64_t guidance_gradient(uintptr_t logits, int64_t row_stride, int64_t class_st
                           double order, double alpha, double epsilon, double joint_temperature,
                           double marginal_temperature, double entropy_weight, bool adaptive_entropy, uintptr_t grad,
                           uintptr_t stats, int threads) {
+  if (divergence < 0 || divergence >= divergence_count) {
+    throw pybind11::value_error("divergence=" + std::to_string(divergence) +
+                                " is not a code of csrc/fdiv_math.h: 0.." + std::to_string(divergence_count - 1));
+  }
   const int64_t* label = reinterpret_cast<const int64_t*>(labels);
   for (int64_t b = 0; b < batch; ++b) {
     if (label[b * label_stride] < 0 || label[b * label_stride] >= classes) return b;

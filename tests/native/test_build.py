@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def test_instruction_set_can_be_chosen(isa):
     assert done.returncode == 0, done.stderr
     named, described = done.stdout.splitlines()
     assert named == isa
-    assert described.startswith("C++, ") and isa in described and "OpenMP" in described
+    assert described.startswith("C++, ") and isa in described
+    assert ("OpenMP" in described) == cpu._cpu.openmp()
 
 
 def test_unknown_instruction_set_is_an_import_error():
@@ -88,6 +90,25 @@ def test_missing_compiler_says_what_to_install(build, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit, match="needs a C\\+\\+17 compiler.*no-such-compiler.*apt install g\\+\\+"):
         build.cxx()
+
+
+def test_missing_python_headers_say_what_to_install(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit, match=f"Python.h in {re.escape(str(tmp_path))} is missing.*apt install python3-dev"):
+        build.cpu_module()
+
+
+def test_ninja_leaves_nothing_where_it_is_started(build, monkeypatch, tmp_path):
+    started, folder, source = tmp_path / "started", tmp_path / "a $ folder", tmp_path / "empty.cpp"
+    started.mkdir()
+    folder.mkdir()
+    source.write_text("")
+    monkeypatch.chdir(started)
+    module = build.NativeModule("empty", [(source, "empty.o", build.cxx())], [*build.cxx(), "-shared"])
+    script = build.write_ninja(module, folder / "empty.so", folder)
+    subprocess.run([sys.executable, "-m", "ninja", "-f", str(script)], check=True, capture_output=True)
+    assert (folder / "empty.so").exists() and (folder / ".ninja_log").exists()
+    assert not list(started.iterdir())
 
 
 def test_compiler_without_openmp_still_builds(build, monkeypatch, capsys):

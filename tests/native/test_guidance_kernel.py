@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from calguide_fast.backends import cpu
+from calguide_fast.ops.divergences import CODES
 
 NONE, REVERSE_KL, FORWARD_KL, JS, JEFFREYS, HELLINGER, CHI2, NEYMAN_CHI2, ALPHA = range(9)
 NAMES = ["none", "reverse_kl", "forward_kl", "js", "jeffreys", "hellinger", "chi2", "neyman_chi2", "alpha"]
@@ -327,6 +328,16 @@ def test_label_out_of_range_writes_nothing(label, row):
     with pytest.raises(ValueError, match=rf"labels\[{row}\]={label} is out of range.*0\.\.9"):
         kernel(logits, labels, JS, out=out)
     assert (out == 42).all()
+
+
+def test_the_kernel_has_the_codes_of_the_table_and_no_other():
+    logits, labels = batch(2, 10)
+    assert list(CODES.values()) == list(range(len(CODES)))
+    for code in CODES.values():
+        kernel(logits, labels, code, 1.5)
+    for code in (-1, len(CODES), 2**20):
+        with pytest.raises(ValueError, match=rf"divergence={code} is not a code .*0\.\.{len(CODES) - 1}"):
+            kernel(logits, labels, code, 1.5)
 
 
 @pytest.mark.parametrize("code", [REVERSE_KL, JS, NEYMAN_CHI2], ids=lambda code: NAMES[code])

@@ -10,8 +10,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include <type_traits>
-
 #include "fdiv_math.h"
 #include "storage.h"
 
@@ -41,6 +39,7 @@ enum Marginal { marginal_same, marginal_half, marginal_general };
 
 struct Settings {
   const GuidanceArguments* arguments;
+  DivergenceTraits traits;
   Marginal marginal;
   double temperature;  // the marginal one
   double order;
@@ -245,36 +244,22 @@ ExpSums exponentials(const Row<Real>& row, int64_t count, const Settings& settin
   }
 }
 
-template <int D, class Real>
-TermSums summed_terms(const Row<Real>& row, int64_t count, Marginal marginal, const ClassWeight<Real>& other) {
-  return marginal == marginal_half ? term_pass<D, true>(row, count, other) : term_pass<D, false>(row, count, other);
+template <class Real>
+TermSums other_terms(int divergence, const Row<Real>& row, int64_t count, Marginal marginal,
+                     const ClassWeight<Real>& other) {
+  TermSums terms = {};
+  with_divergence<Real>(divergence, [&](auto code) {
+    constexpr int D = decltype(code)::value;
+    terms = marginal == marginal_half ? term_pass<D, true>(row, count, other) : term_pass<D, false>(row, count, other);
+  });
+  return terms;
 }
 
-TermSums other_terms(int divergence, const Row<float>& row, int64_t count, Marginal marginal,
-                     const ClassWeight<float>& other) {
-  return divergence == divergence_js ? summed_terms<divergence_js>(row, count, marginal, other)
-                                     : summed_terms<divergence_hellinger>(row, count, marginal, other);
-}
-
-TermSums other_terms(int divergence, const Row<double>& row, int64_t count, Marginal marginal,
-                     const ClassWeight<double>& other) {
-  switch (divergence) {
-    case divergence_chi2: return summed_terms<divergence_chi2>(row, count, marginal, other);
-    case divergence_neyman_chi2: return summed_terms<divergence_neyman_chi2>(row, count, marginal, other);
-    default: return summed_terms<divergence_alpha>(row, count, marginal, other);
-  }
-}
-
-ClassTerms<float> one_class_terms(int divergence, float e, float d, const ClassWeight<float>& of) {
-  return divergence == divergence_js ? class_terms<divergence_js>(e, d, of) : class_terms<divergence_hellinger>(e, d, of);
-}
-
-ClassTerms<double> one_class_terms(int divergence, double e, double d, const ClassWeight<double>& of) {
-  switch (divergence) {
-    case divergence_chi2: return class_terms<divergence_chi2>(e, d, of);
-    case divergence_neyman_chi2: return class_terms<divergence_neyman_chi2>(e, d, of);
-    default: return class_terms<divergence_alpha>(e, d, of);
-  }
+template <class Real>
+ClassTerms<Real> one_class_terms(int divergence, Real e, Real d, const ClassWeight<Real>& of) {
+  ClassTerms<Real> terms = {};
+  with_divergence<Real>(divergence, [&](auto code) { terms = class_terms<decltype(code)::value>(e, d, of); });
+  return terms;
 }
 
 // sum_i q_i (log q_i - log p_i), without 0 * log 0
@@ -324,17 +309,15 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& ro
                Gradient<Real>& gradient) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int divergence = arguments.divergence;
-  const bool kl_family = is_kl_family(divergence);
-  const bool sum_d = has_reverse_kl(divergence);
+  const DivergenceTraits& traits = settings.traits;
   const double others = static_cast<double>(row.count);
 
   const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
   for (int64_t i = row.count; i < padded; ++i) row.x[i] = padding;
   // where a padding class would have infinite terms the last vector is handled element by element
-  const bool pads = kl_family || vanishes_finitely(divergence);
-  const int64_t count = pads ? padded : row.count;
+  const int64_t count = traits.vanishes_finitely ? padded : row.count;
 
-  const ExpSums sums = exponentials(row, count, settings, sum_d);
+  const ExpSums sums = exponentials(row, count, settings, traits.reverse_kl);
   if (!(isfinite(sums.ed) && (isfinite(row.label_d) || !row.has_label))) return false;
   const double label_e = row.has_label ? exp(row.label_d) : 0.0;
   const double s = sums.s + label_e;
@@ -363,14 +346,14 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& ro
   gradient.peak = -1;
   // divergence's part of: b0 * s, b1 * s, c0 and the label's gradient
   double linear = 0.0, logarithmic = 0.0, constant = 0.0, at_label = 0.0, value = 0.0;
-  if (kl_family) {
-    if (has_reverse_kl(divergence)) {
+  if (traits.summation == sum_of_kls) {
+    if (traits.reverse_kl) {
       value += reverse_kl(prior, log_p, others, sums.d - others * log_s, row.has_label);
       linear -= settings.alpha;
       constant += settings.alpha * prior.other_q;
       at_label += settings.alpha * (rest - others * prior.other_q);
     }
-    if (has_forward_kl(divergence)) {
+    if (traits.forward_kl) {
       const double gap = row.has_label ? prior.log_label_q - prior.log_other_q : 0.0;
       value += -entropy - rest * prior.log_other_q - p * prior.log_label_q;
       linear += settings.alpha * (log_s - entropy - p * gap);
@@ -379,7 +362,7 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& ro
     }
   } else {
     // terms of e and q s, not of p and q: the s divides out of their sums
-    const double unit = term_unit(divergence) / s;
+    const double unit = traits.unit / s;
     const ClassWeight<Real> other = class_weight<Real>(prior.other_q * s, prior.log_other_q + log_s, settings.order);
     const TermSums terms = other_terms(divergence, row, count, settings.marginal, other);
     double w_total = terms.w * unit;
@@ -404,8 +387,8 @@ bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& ro
     gradient.pull = settings.alpha * w_total / s;
     gradient.overflows = gradient.has_w && !isfinite(static_cast<Real>(settings.alpha * w_total));
     if (gradient.has_w && !gradient.overflows) linear += settings.alpha * w_total;
-    // a float's w and p W would cancel to their last digits; a double has digits to spare
-    if (std::is_same_v<Real, float> && gradient.has_w && s < 1.0625 && row.label_d < 0.0) {
+    // the peak's w and p W cancel to the last digits of a float, and of a double where w is as large as (1 / q)^(a - 1)
+    if (gradient.has_w && s < 1.0625 && row.label_d < 0.0) {
       const Peak peak = find_peak(row, settings.marginal);
       const double others_w = peak.other_w * unit + label_w, others_e = peak.other_e + label_e;
       gradient.peak = peak.index;
@@ -564,13 +547,14 @@ void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
 void guidance_gradient(const GuidanceArguments& arguments) {
   Settings settings;
   settings.arguments = &arguments;
+  settings.traits = divergence_traits(arguments.divergence);
   settings.temperature = arguments.marginal_temperature;
   settings.marginal = settings.temperature == 1.0 || settings.temperature == 0.0 ? marginal_same
                       : settings.temperature == 0.5                              ? marginal_half
                                                                                  : marginal_general;
   settings.order = arguments.order;
   settings.alpha = arguments.divergence == divergence_none ? 0.0 : arguments.alpha;
-  const auto guide = is_power(arguments.divergence) ? guide_rows<double> : guide_rows<float>;
+  const auto guide = settings.traits.summation == sum_of_doubles ? guide_rows<double> : guide_rows<float>;
 
   const int64_t batch = arguments.batch;
   const int64_t worth = arguments.batch * arguments.classes / elements_per_thread;
