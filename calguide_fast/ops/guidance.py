@@ -25,7 +25,7 @@ LIBRARY.define(
 class GuidanceGradient:
     """The result of :func:`guidance_gradient`; unpacks like the tuple (grad, score, log_prob, entropy, divergence).
 
-    The scalars are views of one table, made when they are asked for: a small call would spend a third of its time on
+    The scalars are views of one table, made when they are asked for: a small call would spend a quarter of its time on
     views that its caller may not look at. They are float32 (float64 for float64 logits).
 
     Attributes:
