@@ -1,4 +1,4 @@
-"""Compile CUDA sources for the CPU: every object once, kept by its content in the system's folder for temporary files."""
+"""Compile CUDA sources for the CPU: every object once, kept by its content in the folder for temporary files."""
 
 from __future__ import annotations
 

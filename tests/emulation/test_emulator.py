@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import build
 import numpy as np
 import pytest
+
+from emulation import build
 
 HERE = Path(__file__).parent
 SEEDS = range(1, 7)
@@ -234,7 +235,7 @@ SANITIZED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from test_emulator import Kernels, built, floats
+from emulation.test_emulator import Kernels, built, floats
 kernels = Kernels(built(sanitize=True))
 def error_of(*arguments, **shape):
     try:
@@ -263,7 +264,7 @@ print("not caught")
     ],
 )
 def test_under_sanitizers(name, message):
-    command = [sys.executable, "-c", SANITIZED, str(HERE), name]
+    command = [sys.executable, "-c", SANITIZED, str(HERE.parent), name]
     result = subprocess.run(command, capture_output=True, text=True, env=build.sanitizer_environment())
     assert "well so far" in result.stdout, result.stderr
     assert message in result.stdout + result.stderr
