@@ -74,6 +74,14 @@ CALGUIDE_INLINE float step_sd(const StepRow& row, float v) {
   return is_small(row, v) ? sd : row.sd[0] * exp_float(row.log_sd_span * v);
 }
 
+// whether the step adds noise at all
+CALGUIDE_INLINE bool takes_noise(const StepRow& row, bool ddim) { return row.noisy && !(ddim && row.ddim_sd == 0.0f); }
+
+// Nothing compares with a NaN, so one that is in stays, and one that comes is let in.
+CALGUIDE_INLINE float running_maximum(float before, float value) {
+  return value > before || value != value ? value : before;
+}
+
 enum class Guide { none, plain, boosted };
 
 // guide is scale times the image's weights, boost the image's sine boost of the variance that guides.

@@ -111,20 +111,6 @@ const float* fetch(const Operand& a, int64_t image, int64_t channel, int64_t pix
   return buffer;
 }
 
-// One long channel where all operands allow, so that small channels do not make short runs.
-void flatten_channels(StepArguments& a) {
-  if (a.channels == 1) return;
-  Operand* const operands[] = {&a.x_t, &a.eps, &a.v, &a.gradient, &a.noise, &a.out};
-  for (const Operand* o : operands) {
-    if (o->data != nullptr && a.pixels > 1 && o->channel != a.pixels * o->pixel) return;
-  }
-  if (a.pixels == 1) {
-    for (Operand* o : operands) o->pixel = o->channel;
-  }
-  a.pixels *= a.channels;
-  a.channels = 1;
-}
-
 enum Method { ddpm_fixed, ddpm_learned, ddpm_narrow, ddim };
 
 template <int METHOD, Guide GUIDE, bool NOISY>
@@ -173,14 +159,13 @@ float first_variance(const StepArguments& a, const StepRow& row, int64_t image) 
 }
 
 // The sine boost of each image, from the running maximum of the variance at its own first pixel.
-void update_boosts(const StepArguments& a, const StepRow& row) {
+void update_boosts(const StepArguments& a, const StepRow& row, float* boost) {
   for (int64_t b = 0; b < a.batch; ++b) {
-    a.boost[b] = 0.0f;
+    boost[b] = 0.0f;
     if (a.variance_max == nullptr) continue;
     const float variance = first_variance(a, row, b), before = a.variance_max[b];
-    // nothing compares with a NaN, so one that is in stays, and one that comes is let in
-    a.variance_max[b] = variance > before || variance != variance ? variance : before;
-    a.boost[b] = a.sine_boost * a.variance_max[b] * row.sine;
+    a.variance_max[b] = running_maximum(before, variance);
+    boost[b] = a.sine_boost * a.variance_max[b] * row.sine;
   }
 }
 
@@ -188,12 +173,12 @@ void update_boosts(const StepArguments& a, const StepRow& row) {
 
 namespace CALGUIDE_ISA {
 
-void guided_step(StepArguments a) {
+void guided_step(StepArguments a, ImageScalars images, int threads) {
   const StepRow row = step_row(a.coefficients);
-  update_boosts(a, row);
+  update_boosts(a, row, images.boost);
 
   const bool guided = a.gradient.data != nullptr;
-  const bool noisy = (a.noise.data != nullptr || a.seeds != nullptr) && row.noisy && !(a.ddim && row.ddim_sd == 0.0f);
+  const bool noisy = (a.noise.data != nullptr || a.seeds != nullptr) && takes_noise(row, a.ddim);
   const bool learned = a.v.data != nullptr && !a.ddim && (guided || noisy);
   const Guide guide = !guided ? Guide::none : a.variance_max == nullptr ? Guide::plain : Guide::boosted;
   const StepRun run = a.ddim    ? pick_run<ddim>(guide, noisy)
@@ -204,7 +189,7 @@ void guided_step(StepArguments a) {
   flatten_channels(a);
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float buffers[5][run_length];
     alignas(64) float normals[normals_buffer];
@@ -226,20 +211,20 @@ void guided_step(StepArguments a) {
         }
         float* out = static_cast<float*>(const_cast<void*>(a.out.data)) + offset_of(a.out, b, channel, pixel);
         const StepRun chosen = learned && all_small(row, v, n) ? narrow_run : run;
-        chosen(row, bound, guided ? a.guide[b] : 0.0f, a.boost[b], x, eps, v, g, z, out, n);
+        chosen(row, bound, guided ? images.guide[b] : 0.0f, images.boost[b], x, eps, v, g, z, out, n);
       }
     }
   }
 }
 
-void predict_x0(StepArguments a) {
+void predict_x0(StepArguments a, int threads) {
   const StepRow row = step_row(a.coefficients);
   const float bound = a.clip ? 1.0f : __builtin_inff();
   flatten_channels(a);
   const bool in_place = a.out.type == storage_float32 && a.out.pixel == 1;
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float buffers[2][run_length];
 #pragma omp for schedule(static)

@@ -1,0 +1,87 @@
+// The threads that work on one row, or one image, and what they add up: always in the same order, so that every run gives
+// the same bits.
+#pragma once
+
+#include <stdint.h>
+
+#include "cuda/device.h"
+
+namespace calguide {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int warp_size = 32;
+
+// Values of all lanes, combined in every lane.
+template <int N>
+CALGUIDE_DEVICE void warp_sum(double (&values)[N]) {
+  for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+    for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(all_lanes, values[i], distance);
+  }
+}
+
+CALGUIDE_DEVICE float warp_max(float value) {
+  for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(all_lanes, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// One warp, along x.
+struct WarpGroup {
+  static constexpr int size = warp_size;
+
+  CALGUIDE_MEMBER int rank() const { return static_cast<int>(threadIdx.x); }
+  template <int N>
+  CALGUIDE_MEMBER void sum(double (&values)[N]) const {
+    warp_sum(values);
+  }
+  CALGUIDE_MEMBER float max(float value) const { return warp_max(value); }
+};
+
+// A whole block of THREADS along x.
+template <int THREADS>
+struct BlockGroup {
+  static constexpr int size = THREADS;
+  static constexpr int warps = THREADS / warp_size;
+  static constexpr int scratch_length = 4 * warps;
+
+  double* scratch;  // shared, scratch_length
+
+  CALGUIDE_MEMBER int rank() const { return static_cast<int>(threadIdx.x); }
+
+  template <int N>
+  CALGUIDE_MEMBER void sum(double (&values)[N]) const {
+    static_assert(N * warps <= scratch_length, "more values than the scratch memory holds");
+    warp_sum(values);
+    share(values);
+    for (int i = 0; i < N; ++i) {
+      values[i] = 0.0;
+      for (int warp = 0; warp < warps; ++warp) values[i] += scratch[warp * N + i];
+    }
+    // the next use may not overwrite what another warp still reads
+    __syncthreads();
+  }
+
+  CALGUIDE_MEMBER float max(float value) const {
+    double values[1] = {warp_max(value)};
+    share(values);
+    for (int warp = 0; warp < warps; ++warp) {
+      const float other = static_cast<float>(scratch[warp]);
+      value = other > value ? other : value;
+    }
+    __syncthreads();
+    return value;
+  }
+
+ private:
+  template <int N>
+  CALGUIDE_MEMBER void share(const double (&values)[N]) const {
+    if (rank() % warp_size == 0) {
+      for (int i = 0; i < N; ++i) scratch[rank() / warp_size * N + i] = values[i];
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace calguide

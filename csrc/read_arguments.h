@@ -1,0 +1,107 @@
+// The bindings of every device read the same positional arguments from Python; here is how.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "arguments.h"
+#include "storage.h"
+
+namespace calguide {
+
+// Positional arguments in order. A step is launch-bound on small images, and this reads its many arguments sooner
+// than a signature of pybind11's; a wrong type leaves Python's error set, which the caller looks for once.
+class PositionalArguments {
+ public:
+  explicit PositionalArguments(PyObject* const* items) : next_(items) {}
+  PyObject* object() { return *next_++; }
+  int64_t integer() { return PyLong_AsLongLong(object()); }
+  double real() { return PyFloat_AsDouble(object()); }
+  bool flag() { return PyObject_IsTrue(object()) == 1; }
+  // None is a null pointer
+  template <class T>
+  T* pointer() {
+    PyObject* const item = object();
+    return item == Py_None ? nullptr : static_cast<T*>(PyLong_AsVoidPtr(item));
+  }
+
+ private:
+  PyObject* const* next_;
+};
+
+template <class Function>
+PyMethodDef positional(const char* name, Function function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+// Strides come as one flat tuple for all operands, or as None where every operand is contiguous.
+inline Operand operand(const void* data, int64_t type, PyObject* strides, int position, int64_t channels,
+                       int64_t pixels) {
+  Operand result{data, static_cast<int>(type), channels * pixels, pixels, 1};
+  if (data != nullptr && strides != Py_None) {
+    const auto item = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides, 3 * position + i)); };
+    result.image = item(0), result.channel = item(1), result.pixel = item(2);
+  }
+  return result;
+}
+
+// The operands that guided_step and predict_x0 share, from the arguments that both begin with.
+inline StepArguments read_common(PositionalArguments& in, PyObject*& strides) {
+  StepArguments a{};
+  a.batch = in.integer(), a.channels = in.integer(), a.pixels = in.integer();
+  strides = in.object();
+  a.coefficients = in.pointer<const float>();
+  a.clip = in.flag();
+  a.x_t = operand(in.pointer<const void>(), storage_float32, strides, 0, a.channels, a.pixels);
+  const void* const model_output = in.pointer<const void>();
+  const int64_t type = in.integer();
+  const bool learned_variance = in.flag();
+  a.eps = operand(model_output, type, strides, 1, a.channels * (learned_variance ? 2 : 1), a.pixels);
+  if (learned_variance) {
+    const int64_t bytes = a.eps.type == storage_float32 ? 4 : 2;
+    a.v = a.eps;
+    a.v.data = static_cast<const char*>(a.eps.data) + a.channels * a.eps.channel * bytes;
+  }
+  return a;
+}
+
+constexpr int guided_step_arguments = 24, predict_x0_arguments = 12;
+
+inline StepArguments read_guided_step(PositionalArguments& in) {
+  PyObject* strides;
+  StepArguments a = read_common(in, strides);
+  const void* const gradient = in.pointer<const void>();
+  a.gradient = operand(gradient, in.integer(), strides, 2, a.channels, a.pixels);
+  a.noise = operand(in.pointer<const void>(), storage_float32, strides, 3, a.channels, a.pixels);
+  a.out = operand(in.pointer<const void>(), storage_float32, Py_None, 0, a.channels, a.pixels);
+  a.weights = in.pointer<const float>();
+  a.tilt.scores = in.pointer<const float>();
+  a.tilt.stride = 1, a.tilt.count = a.batch;
+  a.seeds = in.pointer<const int64_t>();
+  a.variance_max = in.pointer<float>();
+  a.ddim = in.flag();
+  a.scale = static_cast<float>(in.real());
+  a.tilt.tilt = in.real(), a.tilt.max_weight = in.real();
+  a.tilt.normalize_sum = in.flag();
+  a.sine_boost = static_cast<float>(in.real());
+  return a;
+}
+
+inline StepArguments read_predict_x0(PositionalArguments& in) {
+  PyObject* strides;
+  StepArguments a = read_common(in, strides);
+  const void* const out = in.pointer<const void>();
+  a.out = operand(out, in.integer(), strides, 2, a.channels, a.pixels);
+  return a;
+}
+
+// Raises ValueError unless the divergence is one that the kernels know.
+inline void check_divergence(int divergence) {
+  if (divergence >= 0 && divergence < divergence_count) return;
+  throw pybind11::value_error("divergence=" + std::to_string(divergence) +
+                              " is not a code of csrc/fdiv_math.h: 0.." + std::to_string(divergence_count - 1));
+}
+
+}  // namespace calguide
