@@ -30,7 +30,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def compile_flags(sanitize: bool) -> list[str]:
-    checks = ["-O1", *SANITIZERS] if sanitize else ["-O1", "-fsanitize=alignment"]
+    checks = SANITIZERS if sanitize else ["-fsanitize=alignment"]
     return [*COMMON, *WARNINGS, *checks, "-DCALGUIDE_EMULATION"]
 
 
@@ -54,18 +54,16 @@ def project_files(source: Path, includes: Sequence[Path]) -> list[Path]:
 
 
 def compile_object(source: Path, includes: Sequence[Path], flags: Sequence[str]) -> Path:
-    system = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"] if is_binding(source) else []
-    command = [*CXX, *flags, *system]
-    content = [file.read_bytes() for file in project_files(source.resolve(), includes)]
-    key = hashlib.sha256(b"\0".join([shlex.join(command).encode(), *content])).hexdigest()[:24]
+    command = [*CXX, *flags]
+    contents = [file.read_bytes() for file in project_files(source.resolve(), includes)]
+    if any(b"#include <pybind11/" in content for content in contents):
+        command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    # the folders of the project count by what is in them, so that a copy elsewhere finds its objects made
+    key = hashlib.sha256(b"\0".join([shlex.join(command).encode(), *contents])).hexdigest()[:24]
     target = cache() / f"{source.stem}.{key}.o"
     if not target.exists():
         run([*command, *(f"-I{folder}" for folder in includes), "-c", str(source)], target)
     return target
-
-
-def is_binding(source: Path) -> bool:
-    return "pybind11" in source.read_text()
 
 
 def run(command: Sequence[str], target: Path) -> None:
@@ -82,9 +80,15 @@ def link(
     sources: Sequence[Path], includes: Sequence[Path], name: str, sanitize: bool, flags: Sequence[str] = ()
 ) -> Path:
     """A shared library of the sources and the emulator, in a folder of its own and called `name`."""
+    # the kernels are many and each runs little; the emulator is small and always runs
+    levels = {**dict.fromkeys(sources, "-O1"), **dict.fromkeys(EMULATOR, "-O2")}
     flags = [*compile_flags(sanitize), *flags]
+
+    def compiled(source: Path) -> Path:
+        return compile_object(source, [*includes, HERE], [*flags, levels[source]])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: compile_object(source, [*includes, HERE], flags), [*sources, *EMULATOR]))
+        objects = list(pool.map(compiled, levels))
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
     target = cache() / key / name
     if not target.exists():
@@ -96,7 +100,7 @@ def link(
 def cuda_module(csrc: Path = CSRC, sanitize: bool = False) -> Path:
     """The extension module `_cuda` from the sources in `csrc`, which may be a changed copy."""
     sources = sorted([*(csrc / "cuda").glob("*.cu"), *(csrc / "cuda").glob("*.cpp")])
-    return link(sources, [csrc / "cuda", csrc], "_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), sanitize)
+    return link(sources, [csrc], "_cuda" + sysconfig.get_config_var("EXT_SUFFIX"), sanitize)
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -59,14 +59,14 @@ struct Running {
 
 std::mutex one_launch_at_a_time;
 
-std::vector<Fiber> make_fibers() {
-  std::vector<Fiber> fibers(max_threads);
-  for (Fiber& fiber : fibers) allocate_stack(fiber, 256 << 10);
+Fiber* new_fibers() {
+  Fiber* const fibers = new Fiber[max_threads];
+  for (int thread = 0; thread < max_threads; ++thread) allocate_stack(fibers[thread], 256 << 10);
   return fibers;
 }
 
 Fiber& fiber_of(int thread) {
-  static std::vector<Fiber> fibers = make_fibers();
+  static Fiber* const fibers = new_fibers();
   return fibers[thread];
 }
 
@@ -110,9 +110,7 @@ void resume(int warp, int lane) {
 void make_ready(int warp, unsigned lanes) {
   now.warps[warp].ready |= lanes;
   now.ready_warps |= 1u << warp;
-  for (int lane = 0; lane < warpSize; ++lane) {
-    if (lanes >> lane & 1) now.warps[warp].lanes[lane].state = ready;
-  }
+  for (; lanes; lanes &= lanes - 1) now.warps[warp].lanes[__builtin_ctz(lanes)].state = ready;
 }
 
 std::string format(const char* pattern, unsigned a = 0, unsigned b = 0, unsigned c = 0) {
@@ -320,17 +318,17 @@ uint64_t warp_meeting(WarpOperation operation, unsigned mask, uint64_t value, in
   warp.waiting |= 1u << now.lane;
   if (!(named & ~warp.waiting)) {
     uint64_t votes = 0;
-    for (int lane = 0; lane < warpSize; ++lane) {
+    for (unsigned left = named; left; left &= left - 1) {
+      const int lane = __builtin_ctz(left);
       const Lane& other = warp.lanes[lane];
-      if (!(named >> lane & 1)) continue;
       if (other.mask != mask || other.operation != operation) {
         fail(format("threads %u and %u meet in different operations", thread, now.warp * warpSize + lane));
       }
       votes |= uint64_t{other.value != 0} << lane;
     }
-    for (int lane = 0; lane < warpSize; ++lane) {
-      Lane& other = warp.lanes[lane];
-      if (named >> lane & 1) other.result = operation == warp_vote ? votes : warp.lanes[other.source].value;
+    for (unsigned left = named; left; left &= left - 1) {
+      Lane& other = warp.lanes[__builtin_ctz(left)];
+      other.result = operation == warp_vote ? votes : warp.lanes[other.source].value;
     }
     warp.waiting &= ~named;
     make_ready(now.warp, named);
