@@ -11,7 +11,7 @@
 
 #include "vector_math.h"
 
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define PHILOX_UNROLL _Pragma("unroll")
 #elif defined(__clang__)
 #define PHILOX_UNROLL _Pragma("clang loop unroll(full)")

@@ -19,9 +19,10 @@ CALGUIDE_DEVICE void warp_sum(double (&values)[N]) {
   }
 }
 
-CALGUIDE_DEVICE float warp_max(float value) {
+template <class Real>
+CALGUIDE_DEVICE Real warp_max(Real value) {
   for (int distance = warp_size / 2; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(all_lanes, value, distance);
+    const Real other = __shfl_xor_sync(all_lanes, value, distance);
     value = other > value ? other : value;
   }
   return value;
@@ -36,7 +37,10 @@ struct WarpGroup {
   CALGUIDE_MEMBER void sum(double (&values)[N]) const {
     warp_sum(values);
   }
-  CALGUIDE_MEMBER float max(float value) const { return warp_max(value); }
+  template <class Real>
+  CALGUIDE_MEMBER Real max(Real value) const {
+    return warp_max(value);
+  }
 };
 
 // A whole block of THREADS along x.
@@ -63,11 +67,12 @@ struct BlockGroup {
     __syncthreads();
   }
 
-  CALGUIDE_MEMBER float max(float value) const {
+  template <class Real>
+  CALGUIDE_MEMBER Real max(Real value) const {
     double values[1] = {warp_max(value)};
     share(values);
     for (int warp = 0; warp < warps; ++warp) {
-      const float other = static_cast<float>(scratch[warp]);
+      const Real other = static_cast<Real>(scratch[warp]);
       value = other > value ? other : value;
     }
     __syncthreads();
