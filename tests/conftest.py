@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulation.backend import serve_cpu_tensors
 
 from calguide_fast import backends, use_backend
-from emulation.backend import serve_cpu_tensors
 
 # torch.empty gives NaN, so that a kernel that leaves a value unwritten is seen
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from emulation import build
 from emulation.backend import emulated_backend
 from emulation.cases import CASES, bits, results, wrong

@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+from emulation import build
 
 import calguide_fast
 from calguide_fast import backends
-from emulation import build
 
 BACKEND = Path(backends.__file__).parent / "cuda.py"
 

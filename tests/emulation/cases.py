@@ -17,13 +17,21 @@ Call = Callable[[ModuleType], list[Tensor]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # one of every kind of sum: two exponentials, a log in floats, powers in doubles
 DIVERGENCES = {"none": (0, 0.0), "reverse_kl": (1, 0.0), "js": (3, 0.0), "chi2": (6, 0.0), "alpha": (8, -0.5)}
+MARGINAL_TEMPERATURES = [0.7, 0.5, 1.0, 0.0]
 
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def guidance(batch: int, classes: int, divergence: str, dtype: torch.dtype, layout: str = "contiguous") -> Call:
+def guidance(
+    batch: int,
+    classes: int,
+    divergence: str,
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    marginal_temperature: float = 0.5,
+) -> Call:
     logits = torch.randn(batch, classes, generator=_generator()) * 3
     labels = torch.randint(classes, (batch,), generator=_generator(1))
     if layout == "masked" and classes > 3:
@@ -42,15 +50,15 @@ def guidance(batch: int, classes: int, divergence: str, dtype: torch.dtype, layo
 
     def call(backend: ModuleType) -> list[Tensor]:
         out = torch.full((batch, classes), math.nan, dtype=dtype)
-        return list(
-            backend.guidance_gradient(logits, labels, code, order, 0.8, 0.9, 1.0, 0.7, 0.4, True, out)
-        )
+        settings = (code, order, 0.8, 0.9, 1.0, marginal_temperature, 0.4, True)
+        return list(backend.guidance_gradient(logits, labels, *settings, out))
 
     return call
 
 
-def tilt(count: int, sum_to_one: bool = False, max_weight: float = math.inf) -> Call:
+def tilt(count: int, sum_to_one: bool = False, max_weight: float = math.inf, spoilt: bool = False) -> Call:
     scores = torch.randn(2 * count, generator=_generator())[::2] * 3
+    scores[count // 2] = math.nan if spoilt else 0.0
     return lambda backend: [backend.tilt_weights(scores, -0.7, sum_to_one, max_weight)]
 
 
@@ -74,6 +82,7 @@ def step(
     tilted: bool = True,
     boosted: bool = False,
     learned: bool = True,
+    in_place: bool = False,
 ) -> Call:
     x_t, model_output, gradient, draws = _step_tensors(shape, dtype, layout)
     batch = shape[0]
@@ -82,10 +91,10 @@ def step(
     seeds = torch.arange(batch) * 0x123456789 - 5
 
     def call(backend: ModuleType) -> list[Tensor]:
-        out = torch.full(shape, math.nan)
+        out = x_t.clone() if in_place else torch.full(shape, math.nan)
         running = torch.rand(batch, generator=_generator(4)) * 0.01 if boosted else None
         backend.guided_step(
-            x_t,
+            out if in_place else x_t,
             model_output,
             coefficients(),
             gradient if guided else None,
@@ -131,6 +140,9 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "shifted":
         return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    if layout == "padded":
+        # channels that do not follow one another
+        return torch.cat([tensor, tensor[:, :, :1]], 2)[:, :, :-1]
     return tensor
 
 
@@ -140,33 +152,38 @@ LITTLE_SHARED = 4096
 
 
 def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
-    """(name, call, settings of the emulator) of each."""
-    for number, divergence in enumerate(DIVERGENCES):
-        for size, classes in CLASSES.items():
-            layout = ["contiguous", "masked", "transposed", "shifted"][(number + classes) % 4]
-            dtype = DTYPES[(number + classes) % 3]
-            call = guidance(3, classes, divergence, dtype, layout)
-            yield f"guidance {divergence} {size} {layout}", call, {}
-            if size == "block":
-                yield f"guidance {divergence} beyond {layout}", call, {"shared_limit": LITTLE_SHARED}
-    yield "guidance of more rows than blocks", guidance(2100, 5, "js", torch.float32, "masked"), {}
+    """(name, call, settings of the emulator) of each, the quick ones first."""
     for count in (1, 5, 199, 1025):
         yield f"tilt {count}", tilt(count), {}
     yield "tilt clipped", tilt(33, True, 0.02), {}
+    yield "tilt of a NaN", tilt(300, spoilt=True), {}
     for shape in [(3, 3, 8, 8), (2, 1, 7, 9), (5, 3, 1, 1), (2, 3, 40, 41)]:
         for method in (0, 1):
             yield f"step {shape} {method}", step(shape, method), {}
         yield f"x0 {shape}", x0(shape, torch.float32, torch.float16), {}
         yield f"normals {shape}", normals(shape[0], shape[1:]), {}
     odd = (3, 3, 7, 9)
-    for layout in ("channels_last", "shifted"):
+    for layout in ("channels_last", "shifted", "padded"):
         for dtype in DTYPES:
             yield f"step {layout} {dtype}", step(odd, 0, dtype, layout, "given", boosted=True), {}
             yield f"x0 {layout} {dtype}", x0(odd, dtype, dtype, layout), {}
-    yield "step of a large batch", step((300, 1, 2, 3), tilted=True), {}
     yield "step unguided", step(odd, guided=False, boosted=True), {}
     yield "step without noise", step(odd, 1, noise="none"), {}
     yield "step of fixed variance", step(odd, learned=False, boosted=True), {}
+    for number, divergence in enumerate(DIVERGENCES):
+        for size, classes in CLASSES.items():
+            layout = ["contiguous", "masked", "transposed", "shifted"][(number + classes) % 4]
+            dtype = DTYPES[(number + classes) % 3]
+            temperature = MARGINAL_TEMPERATURES[(number + len(size)) % 4]
+            call = guidance(3, classes, divergence, dtype, layout, temperature)
+            yield f"guidance {divergence} {size} {layout}", call, {}
+            if size == "block":
+                yield f"guidance {divergence} beyond {layout}", call, {"shared_limit": LITTLE_SHARED}
+    yield "step of many images", step((70, 1, 2, 3)), {}
+    # a thread goes over its image several times
+    yield "step of large images in place", step((20, 1, 63, 65), in_place=True), {"multiprocessors": 1}
+    # several rows in a block
+    yield "guidance of many rows", guidance(2051, 5, "js", torch.float32, "masked"), {}
 
 
 CASES = {name: (call, settings) for name, call, settings in all_cases()}

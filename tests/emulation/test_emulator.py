@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from emulation import build
 
 HERE = Path(__file__).parent
