@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from ninja.ninja_syntax import Writer
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -33,6 +35,9 @@ ISA_FLAGS = {
     "v3": ["-march=x86-64-v3"],
     "baseline": [],
 }
+
+# GPU generations to make machine code for, as far as nvcc knows them: Turing, Ampere and Ada, Hopper, two of Blackwell
+CUDA_ARCHS = ["75", "80", "90", "100", "120"]
 
 # sources whose every multiply and add must round by itself, so that all machines give the same bits
 NO_CONTRACTION = {"step.cpp"}
@@ -123,6 +128,60 @@ def cpu_module() -> NativeModule:
     return NativeModule("calguide_fast._cpu", objects, [*cxx(), *shared, *(f for f in openmp if f == "-fopenmp")])
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler: that of $CUDA_HOME, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def cuda_arch_flags(compiler: str) -> list[str]:
+    """Flags for machine code of every architecture wanted, and for PTX that newer GPUs translate.
+
+    CALGUIDE_CUDA_ARCHS names them, such as "80;90" or "8.0 9.0+PTX"; else those of CUDA_ARCHS that this nvcc knows, and
+    PTX of the newest.
+    """
+    listing = subprocess.run([compiler, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+    known = re.findall(r"sm_(\w+)", listing)
+    named = re.split(r"[\s;,]+", os.environ.get("CALGUIDE_CUDA_ARCHS", "").strip())
+    archs = [name.replace(".", "").removesuffix("+PTX") for name in named if name]
+    unknown = [arch for arch in archs if arch not in known]
+    if unknown:
+        raise SystemExit(
+            f"CALGUIDE_CUDA_ARCHS asks for {', '.join(unknown)}; this nvcc knows {', '.join(known)} ({compiler})"
+        )
+    ptx = [name.replace(".", "").removesuffix("+PTX") for name in named if name.endswith("+PTX")]
+    if not archs:
+        archs = [arch for arch in CUDA_ARCHS if arch in known] or known[-1:]
+        ptx = archs[-1:]
+    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return machine_code + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+
+
+def cuda_module() -> NativeModule | None:
+    """`calguide_fast._cuda`: all of csrc/cuda by nvcc, with CUDA's runtime inside; None where CUDA is not to be built."""
+    force = bool(os.environ.get("CALGUIDE_FORCE_CUDA"))
+    if os.environ.get("CALGUIDE_NO_CUDA"):
+        if force:
+            raise SystemExit("CALGUIDE_NO_CUDA and CALGUIDE_FORCE_CUDA contradict each other")
+        print("calguide_fast: CALGUIDE_NO_CUDA is set; building without CUDA kernels")
+        return None
+    compiler = nvcc()
+    if compiler is None:
+        if force:
+            raise SystemExit("CALGUIDE_FORCE_CUDA is set, and nvcc is neither in $CUDA_HOME/bin nor on PATH")
+        print("calguide_fast: nvcc is neither in $CUDA_HOME/bin nor on PATH; building without CUDA kernels")
+        return None
+    host = ["-ccbin", cxx()[0]] if os.environ.get("CXX") else []
+    common = [compiler, *host, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
+    kernels = [*common, *cuda_arch_flags(compiler)]
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    objects = [(source, f"{source.stem}.o", kernels) for source in sources]
+    # as system headers, whose warnings are not ours
+    bindings = [*common, f"-isystem={pybind11.get_include()}", f"-isystem={python_include()}"]
+    objects.append((CSRC / "cuda" / "bindings.cpp", "bindings.o", bindings))
+    return NativeModule("calguide_fast._cuda", objects, [compiler, *host, "-shared", "-cudart=static"])
+
+
 def write_ninja(module: NativeModule, target: Path, folder: Path) -> Path:
     """Write the module's build.ninja into `folder`."""
     path = folder / "build.ninja"
@@ -158,10 +217,16 @@ class NinjaBuildExt(build_ext):
         command = [sys.executable, "-m", "ninja", "-f", str(write_ninja(module, target, folder))]
         jobs = os.environ.get("MAX_JOBS")
         if subprocess.run(command + (["-j", jobs] if jobs else [])).returncode:
-            raise SystemExit(f"calguide_fast: compiling {ext.name} failed; the compiler's own message is above")
+            message = f"calguide_fast: compiling {ext.name} failed; the compiler's own message is above"
+            if not ext.optional:
+                raise SystemExit(message)
+            # setuptools tells it and goes on, without what it may have left
+            target.unlink(missing_ok=True)
+            raise CompileError(f"{message}. It is optional: the package is built without it")
 
     def build_extensions(self) -> None:
-        self.modules = {module.name: module for module in native_modules()}
+        self.modules = {module.name: module for module in (cpu_module(), cuda_module()) if module is not None}
+        self.extensions = [ext for ext in self.extensions if ext.name in self.modules]
         super().build_extensions()
 
 
@@ -173,14 +238,19 @@ class CleanBuild(build):
         super().run()
 
 
-def native_modules() -> list[NativeModule]:
-    """Every native module this machine can build."""
-    return [cpu_module()]
-
-
 if __name__ == "__main__":
-    sources = sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.cpp"))
+    sources = sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.c*"))
+    cpu = [source for source in sources if not source.startswith("csrc/cuda")]
+    cuda = [source for source in sources if source.startswith("csrc/cuda")]
     setup(
-        ext_modules=[Extension("calguide_fast._cpu", sources=sources, language="c++")],
+        ext_modules=[
+            Extension("calguide_fast._cpu", sources=cpu, language="c++"),
+            Extension(
+                "calguide_fast._cuda",
+                sources=cuda,
+                language="c++",
+                optional=not os.environ.get("CALGUIDE_FORCE_CUDA"),
+            ),
+        ],
         cmdclass={"build": CleanBuild, "build_ext": NinjaBuildExt},
     )

@@ -17,7 +17,7 @@ struct GuidanceArguments {
   int64_t batch;
   int64_t classes;
   int storage;  // StorageType
-  GuidanceSettings settings;
+  GuidanceSettings<double> settings;
   void* grad;    // (batch, classes) of `storage`, contiguous; may be the logits themselves
   float* stats;  // (5, batch): score, log_prob, entropy, divergence, label_log_prob
 };

@@ -81,18 +81,19 @@ struct ClassWeight {
   Real value_factor;  // 1 / a
 };
 
-template <class Real>
-CALGUIDE_INLINE ClassWeight<Real> class_weight(double q, double log_q, double order) {
+template <class Real, class Scalar>
+CALGUIDE_INLINE ClassWeight<Real> class_weight(Scalar q, Scalar log_q, Scalar order) {
+  const Scalar tiny = static_cast<Scalar>(1e-37);
   ClassWeight<Real> weight = {};
   weight.q = static_cast<Real>(q);
-  weight.q_or_tiny = static_cast<Real>(q > 1e-37 ? q : 1e-37);
+  weight.q_or_tiny = static_cast<Real>(q > tiny ? q : tiny);
   weight.log_q = static_cast<Real>(log_q);
   weight.root_q = static_cast<Real>(sqrt(q));
-  weight.inverse_q = static_cast<Real>(q > 0.0 ? 1.0 / q : 0.0);
+  weight.inverse_q = static_cast<Real>(q > 0 ? 1 / q : Scalar(0));
   weight.order = static_cast<Real>(order);
-  weight.w_factor = static_cast<Real>(1.0 / (order - 1.0));
-  weight.value_factor = static_cast<Real>(1.0 / order);
-  weight.exponent = static_cast<Real>(order < 0.5 ? order : order - 1.0);
+  weight.w_factor = static_cast<Real>(1 / (order - 1));
+  weight.value_factor = static_cast<Real>(1 / order);
+  weight.exponent = static_cast<Real>(order < static_cast<Scalar>(0.5) ? order : order - 1);
   return weight;
 }
 

@@ -13,6 +13,8 @@
 
 #if defined(__CUDA_ARCH__)
 #define PHILOX_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define PHILOX_UNROLL
 #elif defined(__clang__)
 #define PHILOX_UNROLL _Pragma("clang loop unroll(full)")
 #else

@@ -1,4 +1,4 @@
-// The module calguide_fast._cuda. Every function takes the place first: (device index, stream), and launches without a wait.
+// The module calguide_fast._cuda. Every function takes the place first, (device index, stream), and does not wait.
 #include "cuda/guidance.h"
 #include "cuda/place.h"
 #include "cuda/step.h"

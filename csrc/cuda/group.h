@@ -1,5 +1,5 @@
-// The threads that work on one row, or one image, and what they add up: always in the same order, so that every run gives
-// the same bits.
+// The threads that work on one row, or one image, and what they add up: always in the same order, so that every run
+// gives the same bits.
 #pragma once
 
 #include <stdint.h>
@@ -12,8 +12,8 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int warp_size = 32;
 
 // Values of all lanes, combined in every lane.
-template <int N>
-CALGUIDE_DEVICE void warp_sum(double (&values)[N]) {
+template <int N, class Real>
+CALGUIDE_DEVICE void warp_sum(Real (&values)[N]) {
   for (int distance = warp_size / 2; distance > 0; distance /= 2) {
     for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(all_lanes, values[i], distance);
   }
@@ -33,8 +33,9 @@ struct WarpGroup {
   static constexpr int size = warp_size;
 
   CALGUIDE_MEMBER int rank() const { return static_cast<int>(threadIdx.x); }
-  template <int N>
-  CALGUIDE_MEMBER void sum(double (&values)[N]) const {
+  CALGUIDE_MEMBER bool any(bool condition) const { return __any_sync(all_lanes, condition) != 0; }
+  template <int N, class Real>
+  CALGUIDE_MEMBER void sum(Real (&values)[N]) const {
     warp_sum(values);
   }
   template <class Real>
@@ -53,6 +54,14 @@ struct BlockGroup {
   double* scratch;  // shared, scratch_length
 
   CALGUIDE_MEMBER int rank() const { return static_cast<int>(threadIdx.x); }
+
+  CALGUIDE_MEMBER bool any(bool condition) const {
+    double count[1] = {__any_sync(all_lanes, condition) != 0 ? 1.0 : 0.0};
+    share(count);
+    for (int warp = 0; warp < warps; ++warp) condition = condition || scratch[warp] != 0.0;
+    __syncthreads();
+    return condition;
+  }
 
   template <int N>
   CALGUIDE_MEMBER void sum(double (&values)[N]) const {

@@ -7,11 +7,10 @@ namespace calguide {
 
 void launch_guidance_gradient(const GuidanceArguments& arguments, const Place& place) {
   if (arguments.batch == 0) return;
-  const GuidanceTask task = {arguments, make_prior(arguments.settings, arguments.classes, true)};
   switch (arguments.storage) {
-    case storage_bfloat16: launch_guidance_rows<BFloat16>(task, place); break;
-    case storage_float16: launch_guidance_rows<Float16>(task, place); break;
-    default: launch_guidance_rows<float>(task, place);
+    case storage_bfloat16: launch_guidance_rows<BFloat16>(arguments, place); break;
+    case storage_float16: launch_guidance_rows<Float16>(arguments, place); break;
+    default: launch_guidance_rows<float>(arguments, place);
   }
   check(cudaGetLastError(), "launch guidance_gradient");
 }

@@ -2,6 +2,6 @@
 
 namespace calguide {
 
-template void launch_guidance_rows<BFloat16>(const GuidanceTask& task, const Place& place);
+template void launch_guidance_rows<BFloat16>(const GuidanceArguments& arguments, const Place& place);
 
 }  // namespace calguide

@@ -1,8 +1,9 @@
 // Logits to guidance gradient and score in one launch: each logit is read once and each gradient written once.
 //
-// A row belongs to a warp that keeps it in registers, or to a block that keeps it in shared memory, or, where it is too long
-// for that, to a block that reads it anew for every pass. One body serves all three: the largest logit, the exponentials'
-// sums, the class terms' sums where the divergence has such terms, and the gradient in the form of guidance_math.h.
+// A row belongs to a warp that keeps it in registers, or to a block that keeps it in shared memory, or, where it is too
+// long for that, to a block that reads it anew for every pass. One body serves all three: the largest logit, the
+// exponentials' sums, the class terms' sums where the divergence has such terms, and the gradient in the form of
+// guidance_math.h. Exponentials are computed anew in every pass, which is cheaper than to keep them.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +15,9 @@
 
 namespace calguide {
 
-// what stands for classes that are not there: like a masked logit, it adds nothing
-constexpr float absent = -INFINITY;
+// stands for the label and for classes beyond the last: too far below any logit to add anything
+constexpr float absent = -1e38f;
+constexpr float least_present = -1e37f;
 
 // sixteen bytes of a row at a time
 template <class T>
@@ -26,11 +28,17 @@ struct alignas(16) Pack {
   T values[chunk<T>];
 };
 
-// one row of the logits
+// where in the chunk that begins at `first` the label is, else none of its places
+template <class T>
+CALGUIDE_DEVICE int place_in_chunk(int64_t label, int64_t first) {
+  return label >= first && label < first + chunk<T> ? static_cast<int>(label - first) : chunk<T>;
+}
+
+// one row of the logits, without its label
 template <class T>
 struct Source {
   const T* logits;
-  int64_t stride, classes;
+  int64_t stride, classes, label;
   bool vector;  // whether its chunks lie on boundaries of sixteen bytes
 
   CALGUIDE_MEMBER void load(int64_t first, float (&x)[chunk<T>]) const {
@@ -44,13 +52,21 @@ struct Source {
         x[j] = first + j < classes ? load_float(logits[(first + j) * stride]) : absent;
       }
     }
+    const int own = place_in_chunk<T>(label, first);
+    if (own < chunk<T>) {
+#pragma unroll
+      for (int j = 0; j < chunk<T>; ++j) x[j] = j == own ? absent : x[j];
+    }
   }
 };
 
 // Where a thread keeps its chunks of a row: each(body) calls body(first class, the chunk's logits) for every one of them.
+// Sum is what it adds a row's terms up in: float where it has few of them.
 
 template <class T, class Group, int LENGTH>
 struct RegisterRow {
+  template <class Real>
+  using Sum = Real;
   static constexpr int chunks = LENGTH / (chunk<T> * Group::size);
   float x[chunks][chunk<T>];
   int64_t begin;
@@ -67,9 +83,11 @@ struct RegisterRow {
   }
 };
 
-// a thread reads back only what it wrote itself, so that this needs no barrier
+// A thread reads back only what it wrote itself, so that this needs no barrier.
 template <class T, class Group>
 struct SharedRow {
+  template <class>
+  using Sum = double;
   float* shared;
   int64_t begin, classes;
 
@@ -96,6 +114,8 @@ struct SharedRow {
 
 template <class T, class Group>
 struct GlobalRow {
+  template <class>
+  using Sum = double;
   const Source<T>& source;
   int64_t begin;
 
@@ -112,39 +132,47 @@ struct GlobalRow {
   }
 };
 
-// what a class is known by: its distance below the maximum, and the exponentials of guidance_math.h
+// a class's distance below the maximum; beyond the range of floats it is only very far
 template <class Real>
-struct Class {
-  Real d, e, e2;
-};
+CALGUIDE_DEVICE Real distance(float x, float max) {
+  const float d = x - max;
+  return d < -1e30f ? -1e30f : d;
+}
 
 template <class Real>
 struct Exponentials {
-  float max;
-  Marginal marginal;
-  Real temperature;
-
-  CALGUIDE_MEMBER Class<Real> operator()(float x) const {
-    const Real log2_e = static_cast<Real>(1.4426950408889634);
-    // a gap beyond the range of floats is only very wide
-    const float gap = x - max;
-    Class<Real> found;
-    found.d = gap < -1e30f ? -1e30f : gap;
-    if (marginal == marginal_half) {
-      found.e2 = exp2_product(found.d, log2_e / 2);
-      found.e = found.e2 * found.e2;
-    } else {
-      found.e = exp2_product(found.d, log2_e);
-      found.e2 = marginal == marginal_general ? exp2_product(found.d, temperature * log2_e) : found.e;
-    }
-    return found;
-  }
+  Real e, e2;
 };
 
-// where in its chunk the label is, else none of its places
-template <class T>
-CALGUIDE_DEVICE int place_of(int64_t label, int64_t first) {
-  return label >= first && label < first + chunk<T> ? static_cast<int>(label - first) : chunk<T>;
+template <Marginal M, class Real>
+CALGUIDE_DEVICE Exponentials<Real> exponentials(Real d, Real temperature) {
+  const Real log2_e = static_cast<Real>(1.4426950408889634);
+  if constexpr (M == marginal_half) {
+    const Real half = exp2_product(d, log2_e / 2);
+    return {half * half, half};
+  } else {
+    const Real e = exp2_product(d, log2_e);
+    return {e, M == marginal_general ? exp2_product(d, temperature * log2_e) : e};
+  }
+}
+
+template <Marginal M>
+struct MarginalCode {
+  static constexpr Marginal value = M;
+};
+
+// Calls body with the MarginalCode of the given marginal; in double, where code is long, always with the general one.
+template <class Real, class Body>
+CALGUIDE_DEVICE void with_marginal(Marginal marginal, const Body& body) {
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    return body(MarginalCode<marginal_general>());
+  } else {
+    switch (marginal) {
+      case marginal_same: return body(MarginalCode<marginal_same>());
+      case marginal_half: return body(MarginalCode<marginal_half>());
+      default: return body(MarginalCode<marginal_general>());
+    }
+  }
 }
 
 // a chunk of the gradient, sixteen bytes at once where it lies so
@@ -163,163 +191,189 @@ CALGUIDE_DEVICE void store_chunk(T* grad, int64_t first, int64_t classes, const 
   }
 }
 
+// How many of the other classes are finite, or -1 if one is NaN or infinite.
+template <class T, class Group, class Row>
+CALGUIDE_DEVICE int64_t finite_classes(const Row& row, const Group& group, const Source<T>& source) {
+  typename Row::template Sum<float> census[2] = {};  // finite, spoilt
+  row.each([&](int64_t first, const float(&x)[chunk<T>]) {
+    for (int j = 0; j < chunk<T>; ++j) {
+      if (first + j >= source.classes || first + j == source.label) continue;
+      census[0] += x[j] > -INFINITY && x[j] < INFINITY ? 1.0f : 0.0f;
+      census[1] += x[j] < INFINITY ? 0.0f : 1.0f;
+    }
+  });
+  group.sum(census);
+  return census[1] > 0 ? -1 : static_cast<int64_t>(census[0]);
+}
+
+template <class T, class Group>
+CALGUIDE_DEVICE void fill_invalid(const GuidanceArguments& arguments, const Group& group, int64_t b) {
+  T* const grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
+  for (int64_t i = group.rank(); i < arguments.classes; i += Group::size) store_float(grad + i, NAN);
+  if (group.rank() < guidance_statistics) arguments.stats[group.rank() * arguments.batch + b] = NAN;
+}
+
 template <Summation S>
 using RealOf = std::conditional_t<S == sum_of_doubles, double, float>;
 
+// the arguments in the precision that the divergence needs, and what is the same for every row
+template <class Real>
+struct Task {
+  GuidanceArguments arguments;
+  GuidanceSettings<Real> settings;
+  Prior<Real> prior;  // where no class is masked
+};
+
 template <Summation S, class T, class Group, class Row>
-CALGUIDE_DEVICE void guide_row(const GuidanceTask& task, const Group& group, int64_t b, float* shared) {
+CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, int64_t b, float* shared) {
   using Real = RealOf<S>;
+  using Sum = typename Row::template Sum<Real>;
   const GuidanceArguments& arguments = task.arguments;
-  const GuidanceSettings& settings = arguments.settings;
+  const GuidanceSettings<Real>& settings = task.settings;
   const int64_t classes = arguments.classes, y = arguments.labels[b * arguments.label_stride];
-  T* const grad = static_cast<T*>(arguments.grad) + b * classes;
+  if (y < 0 || y >= classes) return fill_invalid<T>(arguments, group, b);
+
   const T* const logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
   const bool vector = arguments.class_stride == 1 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
-  const Source<T> source = {logits, arguments.class_stride, classes, vector};
+  const Source<T> source = {logits, arguments.class_stride, classes, y, vector};
+  const float label_x = load_float(logits[y * arguments.class_stride]);
   const Row row(source, group, shared);
 
-  float max = absent;
-  double census[3] = {};  // finite logits, spoilt ones, and the label's own
-  row.each([&](int64_t first, const float(&x)[chunk<T>]) {
-    const int own = place_of<T>(y, first);
-    float finite = 0.0f, spoilt = 0.0f;
+  float max = label_x, probe = label_x * 0.0f;
+  row.each([&](int64_t, const float(&x)[chunk<T>]) {
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) {
-      finite += x[j] > absent && x[j] < INFINITY ? 1.0f : 0.0f;
-      spoilt += x[j] < INFINITY ? 0.0f : 1.0f;
       max = x[j] > max ? x[j] : max;
-      if (j == own) census[2] = x[j];
+      // NaN from here on if a logit is not finite
+      probe += x[j] * 0.0f;
     }
-    census[0] += finite;
-    census[1] += spoilt;
   });
+  const bool usual = !group.any(probe != 0.0f);
   max = group.max(max);
-  group.sum(census);
-  if (census[1] > 0.0 || census[0] == 0.0 || y < 0 || y >= classes) {
-    row.each([&](int64_t first, const float(&)[chunk<T>]) {
-      float g[chunk<T>];
-#pragma unroll
-      for (int j = 0; j < chunk<T>; ++j) g[j] = NAN;
-      store_chunk(grad, first, classes, g);
-    });
-    if (group.rank() < guidance_statistics) arguments.stats[group.rank() * arguments.batch + b] = NAN;
-    return;
+  Label<Real> label = {label_x > -INFINITY, static_cast<Real>(label_x) - max, label_x};
+  Prior<Real> prior = task.prior;
+  if (!usual) {
+    const int64_t others = finite_classes(row, group, source);
+    const bool spoilt = others < 0 || !(label_x < INFINITY) || (others == 0 && !label.present);
+    if (spoilt) return fill_invalid<T>(arguments, group, b);
+    prior = make_prior(settings, static_cast<Real>(others + (label.present ? 1 : 0)), label.present);
   }
 
-  const int64_t n = static_cast<int64_t>(census[0]);
-  const Label label = {census[2] > absent, census[2] - max, census[2]};
-  const Prior prior = n == classes ? task.prior : make_prior(settings, n, label.present);
-  const Exponentials<Real> exponentials = {max, marginal_of(settings.marginal_temperature),
-                                           static_cast<Real>(settings.marginal_temperature)};
-
-  double exp_sums[4] = {};
-  row.each([&](int64_t first, const float(&x)[chunk<T>]) {
-    const int own = place_of<T>(y, first);
-    Real s = 0, s2 = 0, ed = 0, sum_d = 0;
+  const Marginal marginal = marginal_of(settings.marginal_temperature);
+  Sum exp_sums[4] = {};
+  with_marginal<Real>(marginal, [&](auto code) {
+    row.each([&](int64_t, const float(&x)[chunk<T>]) {
+      Real s = 0, s2 = 0, ed = 0, sum_d = 0;
 #pragma unroll
-    for (int j = 0; j < chunk<T>; ++j) {
-      if (x[j] == absent || j == own) continue;
-      const Class<Real> of = exponentials(x[j]);
-      s += of.e;
-      s2 += of.e2;
-      ed += of.e * of.d;
-      sum_d += of.d;
-    }
-    exp_sums[0] += s;
-    exp_sums[1] += s2;
-    exp_sums[2] += ed;
-    exp_sums[3] += sum_d;
+      for (int j = 0; j < chunk<T>; ++j) {
+        const Real d = distance<Real>(x[j], max);
+        const Exponentials<Real> of = exponentials<decltype(code)::value>(d, settings.marginal_temperature);
+        s += of.e;
+        s2 += of.e2;
+        ed += of.e * d;
+        sum_d += x[j] > least_present ? d : Real(0);
+      }
+      exp_sums[0] += s;
+      exp_sums[1] += s2;
+      exp_sums[2] += ed;
+      exp_sums[3] += sum_d;
+    });
   });
   group.sum(exp_sums);
-  const ExpSums sums = {exp_sums[0], exp_sums[1], exp_sums[2], exp_sums[3],
-                        static_cast<double>(label.present ? n - 1 : n)};
-  const RowScalars scalars = row_scalars(settings, prior, label, sums);
+  const ExpSums<Real> sums = {static_cast<Real>(exp_sums[0]), static_cast<Real>(exp_sums[1]),
+                              static_cast<Real>(exp_sums[2]), static_cast<Real>(exp_sums[3]),
+                              label.present ? prior.n - 1 : prior.n};
+  const RowScalars<Real> scalars = row_scalars(settings, prior, label, sums);
 
   GradientForm<Real> form = {};
-  DivergenceShare share;
+  DivergenceShare<Real> share;
   const ClassWeight<Real> other = other_weight<Real>(settings, prior, scalars);
   if constexpr (S == sum_of_kls) {
     share = kl_share(settings, prior, label, sums, scalars);
   } else {
-    const ClassTerms<Real> own_terms = label_terms<Real>(settings, prior, label, scalars);
+    const ClassTerms<Real> own = label_terms<Real>(settings, prior, label, scalars);
     with_divergence<Real>(settings.divergence, [&](auto code) {
-      double term_sums[2] = {};
-      row.each([&](int64_t first, const float(&x)[chunk<T>]) {
-        const int own = place_of<T>(y, first);
-        Real w = 0, value = 0;
+      constexpr int D = decltype(code)::value;
+      // calls body(terms, d, e) for every class but the label
+      const auto each_term = [&](const auto& body) {
+        row.each([&](int64_t, const float(&x)[chunk<T>]) {
 #pragma unroll
-        for (int j = 0; j < chunk<T>; ++j) {
-          if (x[j] == absent || j == own) continue;
-          const Class<Real> of = exponentials(x[j]);
-          const ClassTerms<Real> terms = class_terms<decltype(code)::value>(of.e, of.d, other);
-          w += terms.w;
-          value += terms.value;
-        }
-        term_sums[0] += w;
-        term_sums[1] += value;
+          for (int j = 0; j < chunk<T>; ++j) {
+            const Real d = distance<Real>(x[j], max), e = exponentials<marginal_same>(d, Real(1)).e;
+            if (x[j] > least_present) body(class_terms<D>(e, d, other), d, e);
+          }
+        });
+      };
+      Sum term_sums[2] = {};
+      each_term([&](const ClassTerms<Real>& terms, Real, Real) {
+        term_sums[0] += terms.w;
+        term_sums[1] += terms.value;
       });
       group.sum(term_sums);
-      share = term_share(settings, label, scalars, {term_sums[0], term_sums[1]}, own_terms, form);
+      const TermSums<Real> others = {static_cast<Real>(term_sums[0]), static_cast<Real>(term_sums[1])};
+      share = term_share(settings, label, scalars, others, own, form);
       if (!peaks(form, label, scalars)) return;
 
-      double peak_sums[3] = {};
-      row.each([&](int64_t first, const float(&x)[chunk<T>]) {
-        const int own = place_of<T>(y, first);
-#pragma unroll
-        for (int j = 0; j < chunk<T>; ++j) {
-          if (x[j] == absent || j == own) continue;
-          const Class<Real> of = exponentials(x[j]);
-          const ClassTerms<Real> terms = class_terms<decltype(code)::value>(of.e, of.d, other);
-          const bool peak = of.d == 0;
-          peak_sums[0] += peak ? terms.w : Real(0);
-          peak_sums[1] += peak ? Real(0) : terms.w;
-          peak_sums[2] += peak ? Real(0) : of.e;
-        }
+      Sum peak_sums[3] = {};
+      each_term([&](const ClassTerms<Real>& terms, Real d, Real e) {
+        const bool peak = d == 0;
+        peak_sums[0] += peak ? terms.w : Real(0);
+        peak_sums[1] += peak ? Real(0) : terms.w;
+        peak_sums[2] += peak ? Real(0) : e;
       });
       group.sum(peak_sums);
-      set_peak(settings, scalars, {peak_sums[0], peak_sums[1], peak_sums[2]}, own_terms, form);
+      const PeakSums<Real> peak = {static_cast<Real>(peak_sums[0]), static_cast<Real>(peak_sums[1]),
+                                   static_cast<Real>(peak_sums[2])};
+      set_peak(settings, scalars, peak, own, form);
     });
   }
   set_form(settings, label, scalars, share, form);
+  // b0 has it already
+  if (marginal == marginal_same) form.a2 = 0;
   if (group.rank() == 0) {
     store_statistics(settings, label, scalars, share.value, arguments.stats, arguments.batch, b);
   }
 
-  const auto write = [&](const auto& terms_of) {
+  T* const grad = static_cast<T*>(arguments.grad) + b * classes;
+  const auto write = [&](auto of_marginal, const auto& w_of) {
+    constexpr Marginal M = decltype(of_marginal)::value;
     row.each([&](int64_t first, const float(&x)[chunk<T>]) {
-      const int own = place_of<T>(y, first);
       float g[chunk<T>];
 #pragma unroll
       for (int j = 0; j < chunk<T>; ++j) {
-        const Class<Real> of = exponentials(x[j]);
-        const Real w = terms_of(of);
-        Real value = gradient_of<marginal_general, true, S != sum_of_kls>(form, of.e, of.e2, of.d, w);
+        const Real d = distance<Real>(x[j], max);
+        const Exponentials<Real> of = exponentials<M>(d, settings.marginal_temperature);
+        const Real w = w_of(of.e, d);
+        Real value = gradient_of<M, true, S != sum_of_kls>(form, of.e, of.e2, d, w);
         // only powers of p / q overflow
-        if (S == sum_of_doubles && form.overflows) {
-          value = overflowing_gradient_of(form, exponentials.marginal, of.e, of.e2, of.d, w);
-        }
-        if (form.has_peak && of.d == 0) value = static_cast<Real>(form.at_peak);
-        if (x[j] == absent) value = 0;
-        if (j == own) value = static_cast<Real>(form.label);
-        g[j] = static_cast<float>(value);
+        if (S == sum_of_doubles && form.overflows) value = overflowing_gradient_of(form, M, of.e, of.e2, d, w);
+        if (S != sum_of_kls && form.has_peak && d == 0) value = form.at_peak;
+        g[j] = !usual && x[j] == -INFINITY ? 0.0f : static_cast<float>(value);
+      }
+      const int own = place_in_chunk<T>(y, first);
+      if (own < chunk<T>) {
+#pragma unroll
+        for (int j = 0; j < chunk<T>; ++j) g[j] = j == own ? static_cast<float>(form.label) : g[j];
       }
       store_chunk(grad, first, classes, g);
     });
   };
-  if constexpr (S == sum_of_kls) {
-    write([](const Class<Real>&) { return Real(0); });
-  } else {
-    with_divergence<Real>(settings.divergence, [&](auto code) {
-      write([&](const Class<Real>& of) { return class_terms<decltype(code)::value>(of.e, of.d, other).w; });
-    });
-  }
+  with_marginal<Real>(marginal, [&](auto of_marginal) {
+    if constexpr (S == sum_of_kls) {
+      write(of_marginal, [](Real, Real) { return Real(0); });
+    } else {
+      with_divergence<Real>(settings.divergence, [&](auto code) {
+        write(of_marginal, [&](Real e, Real d) { return class_terms<decltype(code)::value>(e, d, other).w; });
+      });
+    }
+  });
 }
 
 constexpr int most_rows_a_block = 4;
 
 // LENGTH is the longest row that the registers of a warp hold
 template <class T, Summation S, int LENGTH>
-__global__ void __launch_bounds__(warp_size* most_rows_a_block) guide_warp_rows(const GuidanceTask task) {
+__global__ void __launch_bounds__(warp_size* most_rows_a_block) guide_warp_rows(const Task<RealOf<S>> task) {
   using Row = RegisterRow<T, WarpGroup, LENGTH>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; b < task.arguments.batch; b += step) {
@@ -327,22 +381,22 @@ __global__ void __launch_bounds__(warp_size* most_rows_a_block) guide_warp_rows(
   }
 }
 
-constexpr int block_threads = 512;
-using Block = BlockGroup<block_threads>;
+constexpr int block_threads = 256;
+using RowBlock = BlockGroup<block_threads>;
 
 template <class T, Summation S, template <class, class> class Row>
-__global__ void __launch_bounds__(block_threads) guide_block_rows(const GuidanceTask task) {
-  CALGUIDE_SHARED(double, scratch, Block::scratch_length);
+__global__ void __launch_bounds__(block_threads, 1) guide_block_rows(const Task<RealOf<S>> task) {
+  CALGUIDE_SHARED(double, scratch, RowBlock::scratch_length);
   CALGUIDE_DYNAMIC_SHARED(float, shared);
   for (int64_t b = blockIdx.x; b < task.arguments.batch; b += gridDim.x) {
-    guide_row<S, T, Block, Row<T, Block>>(task, Block{scratch}, b, shared);
+    guide_row<S, T, RowBlock, Row<T, RowBlock>>(task, RowBlock{scratch}, b, shared);
   }
 }
 
 constexpr int64_t most_blocks = 0x7fffffff;
 
 template <class T, Summation S, int LENGTH>
-static void launch_warp_rows(const GuidanceTask& task, const Place& place) {
+static void launch_warp_rows(const Task<RealOf<S>>& task, const Place& place) {
   const int64_t batch = task.arguments.batch;
   // few rows are spread over all multiprocessors, one warp a block
   const int rows = batch > 2048 ? most_rows_a_block : 1;
@@ -352,11 +406,11 @@ static void launch_warp_rows(const GuidanceTask& task, const Place& place) {
 }
 
 template <class T, Summation S>
-static void launch_block_rows(const GuidanceTask& task, const Place& place) {
+static void launch_block_rows(const Task<RealOf<S>>& task, const Place& place) {
   const int64_t batch = task.arguments.batch;
   const dim3 grid(static_cast<unsigned>(batch < most_blocks ? batch : most_blocks)), block(block_threads);
   const int64_t bytes = (task.arguments.classes + chunk<T> - 1) / chunk<T> * chunk<T> * sizeof(float);
-  const int64_t reserved = Block::scratch_length * sizeof(double) + 1024;
+  const int64_t reserved = RowBlock::scratch_length * sizeof(double) + 1024;
   if (bytes + reserved > Place::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
     CALGUIDE_LAUNCH((guide_block_rows<T, S, GlobalRow>), grid, block, 0, place.stream(), task);
     return;
@@ -368,21 +422,24 @@ static void launch_block_rows(const GuidanceTask& task, const Place& place) {
 }
 
 template <class T, Summation S>
-static void launch_rows(const GuidanceTask& task, const Place& place) {
-  if (task.arguments.classes <= 256) return launch_warp_rows<T, S, 256>(task, place);
+static void launch_rows(const GuidanceArguments& arguments, const Place& place) {
+  using Real = RealOf<S>;
+  const Prior<double> prior = make_prior(arguments.settings, static_cast<double>(arguments.classes), true);
+  const Task<Real> task = {arguments, settings_in<Real>(arguments.settings), prior_in<Real>(prior)};
+  if (arguments.classes <= 256) return launch_warp_rows<T, S, 256>(task, place);
   // in double a longer row would not fit the registers
   if constexpr (S != sum_of_doubles) {
-    if (task.arguments.classes <= 1024) return launch_warp_rows<T, S, 1024>(task, place);
+    if (arguments.classes <= 1024) return launch_warp_rows<T, S, 1024>(task, place);
   }
   launch_block_rows<T, S>(task, place);
 }
 
 template <class T>
-void launch_guidance_rows(const GuidanceTask& task, const Place& place) {
-  switch (divergence_traits(task.arguments.settings.divergence).summation) {
-    case sum_of_kls: return launch_rows<T, sum_of_kls>(task, place);
-    case sum_of_floats: return launch_rows<T, sum_of_floats>(task, place);
-    case sum_of_doubles: return launch_rows<T, sum_of_doubles>(task, place);
+void launch_guidance_rows(const GuidanceArguments& arguments, const Place& place) {
+  switch (divergence_traits(arguments.settings.divergence).summation) {
+    case sum_of_kls: return launch_rows<T, sum_of_kls>(arguments, place);
+    case sum_of_floats: return launch_rows<T, sum_of_floats>(arguments, place);
+    case sum_of_doubles: return launch_rows<T, sum_of_doubles>(arguments, place);
   }
 }
 

@@ -1,8 +1,8 @@
 // The step kernels: predict_x0, guided_step and the noise they draw, each in one launch.
 //
-// A thread takes four elements of an image at a time, in the order of NCHW: the normals of one Philox counter, and sixteen
-// bytes of an operand that lies so. Any other stride is read element by element. What an image's elements share is worked
-// out once per block.
+// A thread takes four elements of an image at a time, in the order of NCHW: the normals of one Philox counter, and
+// sixteen bytes of an operand that lies so. Any other stride is read element by element. What an image's elements share is
+// worked out once per block.
 #include "cuda/step.h"
 
 #include "cuda/place.h"

@@ -32,7 +32,7 @@ constexpr int64_t elements_per_thread = 32768;
 
 struct Settings {
   const GuidanceArguments* arguments;
-  GuidanceSettings guidance;
+  GuidanceSettings<double> guidance;
   DivergenceTraits traits;
   Marginal marginal;
 };
@@ -46,17 +46,17 @@ struct Row {
   Real* w;   // class terms
   int64_t count;
   float max;  // over all classes, in the units of x
-  Label label;
+  Label<double> label;
 };
 
 template <Marginal M, bool SumD, class Real>
-ExpSums exp_pass(const Row<Real>& row, int64_t count, Real temperature) {
+ExpSums<double> exp_pass(const Row<Real>& row, int64_t count, Real temperature) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
   Real* e = static_cast<Real*>(__builtin_assume_aligned(row.e, 64));
   Real* e2 = static_cast<Real*>(__builtin_assume_aligned(row.e2, 64));
   const Real max = row.max, log2_e = static_cast<Real>(1.4426950408889634);
   const Real half_log2_e = log2_e / 2, scale = temperature * log2_e;
-  ExpSums total = {};
+  ExpSums<double> total = {};
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
     Real s = 0, s2 = 0, ed = 0, sum_d = 0;
@@ -91,13 +91,13 @@ ExpSums exp_pass(const Row<Real>& row, int64_t count, Real temperature) {
 }
 
 template <int D, bool Half, class Real>
-TermSums term_pass(const Row<Real>& row, int64_t count, const ClassWeight<Real>& other) {
+TermSums<double> term_pass(const Row<Real>& row, int64_t count, const ClassWeight<Real>& other) {
   const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
   const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
   Real* w = static_cast<Real*>(__builtin_assume_aligned(row.w, 64));
   const Real max = row.max;
   const ClassWeight<Real> of = other;
-  TermSums total = {};
+  TermSums<double> total = {};
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
     Real sum_w = 0, sum_value = 0;
@@ -135,10 +135,9 @@ void gradient_pass(const Row<Real>& row, const GradientForm<Real>& form, T* grad
 template <class Real, class T>
 void overflow_pass(const Row<Real>& row, const GradientForm<Real>& form, Marginal marginal, T* grad) {
   for (int64_t i = 0; i < row.count; ++i) {
-    const double d = static_cast<double>(row.x[i]) - row.max;
-    const double stored = row.e[i];
-    const double exponential = marginal == marginal_half ? stored * stored : stored;
-    const double second = marginal == marginal_general ? row.e2[i] : stored;
+    const Real d = static_cast<Real>(row.x[i]) - row.max, stored = row.e[i];
+    const Real exponential = marginal == marginal_half ? stored * stored : stored;
+    const Real second = marginal == marginal_general ? row.e2[i] : stored;
     store_float(grad + i, static_cast<float>(overflowing_gradient_of(form, marginal, exponential, second, d, row.w[i])));
   }
 }
@@ -163,7 +162,7 @@ void write_gradient(const Row<Real>& row, const GradientForm<Real>& form, Margin
 }
 
 template <class Real>
-ExpSums exponentials(const Row<Real>& row, int64_t count, const Settings& settings, bool sum_d) {
+ExpSums<double> exponentials(const Row<Real>& row, int64_t count, const Settings& settings, bool sum_d) {
   const Real temperature = static_cast<Real>(settings.guidance.marginal_temperature);
   switch (settings.marginal) {
     case marginal_same:
@@ -179,9 +178,9 @@ ExpSums exponentials(const Row<Real>& row, int64_t count, const Settings& settin
 }
 
 template <class Real>
-TermSums other_terms(int divergence, const Row<Real>& row, int64_t count, Marginal marginal,
+TermSums<double> other_terms(int divergence, const Row<Real>& row, int64_t count, Marginal marginal,
                      const ClassWeight<Real>& other) {
-  TermSums terms = {};
+  TermSums<double> terms = {};
   with_divergence<Real>(divergence, [&](auto code) {
     constexpr int D = decltype(code)::value;
     terms = marginal == marginal_half ? term_pass<D, true>(row, count, other) : term_pass<D, false>(row, count, other);
@@ -197,11 +196,11 @@ struct Solution {
 
 // The w of one of row's classes and the sums over its others, free of what that one would round away.
 template <class Real>
-PeakSums find_peak(const Row<Real>& row, int64_t place, Marginal marginal) {
+PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal marginal) {
   const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
   const Real* w = static_cast<const Real*>(__builtin_assume_aligned(row.w, 64));
   const bool half = marginal == marginal_half;
-  PeakSums peak = {};
+  PeakSums<double> peak = {};
   peak.w = row.w[place];
   const int64_t ends[2][2] = {{0, place}, {place + 1, row.count}};
   for (const auto& part : ends) {
@@ -223,27 +222,27 @@ PeakSums find_peak(const Row<Real>& row, int64_t place, Marginal marginal) {
 // Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is not
 // finite (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of them.
 template <class Real>
-bool solve_row(const Settings& settings, const Prior& prior, const Row<Real>& row, int64_t b, Solution<Real>& solution) {
+bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b, Solution<Real>& solution) {
   const GuidanceArguments& arguments = *settings.arguments;
-  const GuidanceSettings& guidance = settings.guidance;
+  const GuidanceSettings<double>& guidance = settings.guidance;
   const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
   for (int64_t i = row.count; i < padded; ++i) row.x[i] = padding;
   // where a padding class would have infinite terms the last vector is handled element by element
   const int64_t count = settings.traits.vanishes_finitely ? padded : row.count;
 
-  ExpSums sums = exponentials(row, count, settings, settings.traits.reverse_kl);
+  ExpSums<double> sums = exponentials(row, count, settings, settings.traits.reverse_kl);
   sums.count = static_cast<double>(row.count);
   if (!(isfinite(sums.ed) && (isfinite(row.label.d) || !row.label.present))) return false;
-  const RowScalars scalars = row_scalars(guidance, prior, row.label, sums);
+  const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
 
   solution = {};
   solution.peak = -1;
-  DivergenceShare share;
+  DivergenceShare<double> share;
   if (settings.traits.summation == sum_of_kls) {
     share = kl_share(guidance, prior, row.label, sums, scalars);
   } else {
     const ClassWeight<Real> other = other_weight<Real>(guidance, prior, scalars);
-    TermSums terms = other_terms(guidance.divergence, row, count, settings.marginal, other);
+    TermSums<double> terms = other_terms(guidance.divergence, row, count, settings.marginal, other);
     const ClassTerms<Real> pad = one_class_terms(guidance.divergence, Real(0), Real(padding), other);
     if (count > row.count) terms.value -= static_cast<double>(count - row.count) * pad.value;
     const ClassTerms<Real> own = label_terms<Real>(guidance, prior, row.label, scalars);
@@ -323,7 +322,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
     const float d = static_cast<float>(static_cast<double>(value) - max);
     row.x[row.count++] = d < -1e30f ? -1e30f : d;
   }
-  const Prior prior = make_prior(settings.guidance, finite, row.label.present);
+  const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(finite), row.label.present);
   Solution<Real> solution;
   solve_row(settings, prior, row, b, solution);
   write_solution(row, solution, settings.marginal, compact);
@@ -334,7 +333,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
 }
 
 template <class T, class Real>
-void guide_row(const Settings& settings, const Prior& prior, Row<Real> row, int64_t b) {
+void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> row, int64_t b) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int64_t last = arguments.classes - 1;
   const int64_t label = arguments.labels[b * arguments.label_stride];
@@ -357,7 +356,7 @@ void guide_row(const Settings& settings, const Prior& prior, Row<Real> row, int6
 }
 
 template <class Real>
-void guide_any_row(const Settings& settings, const Prior& prior, const Row<Real>& row, int64_t b) {
+void guide_any_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b) {
   switch (settings.arguments->storage) {
     case storage_bfloat16: return guide_row<BFloat16>(settings, prior, row, b);
     case storage_float16: return guide_row<Float16>(settings, prior, row, b);
@@ -379,7 +378,7 @@ void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
   row.e2 = row.e + length;
   row.w = row.e + 2 * length;
   row.x = reinterpret_cast<float*>(row.e + 3 * length);
-  const Prior prior = make_prior(settings.guidance, settings.arguments->classes, true);
+  const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(settings.arguments->classes), true);
   for (int64_t b = begin; b < end; ++b) guide_any_row(settings, prior, row, b);
   if (buffer != stack) free(buffer);
 }
