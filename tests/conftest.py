@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulation.backend import serve_cpu_tensors
 
 from calguide_fast import backends, use_backend
 
@@ -52,8 +53,10 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that serves CPU tensors. One that was not built is an error: the package builds it."""
+@pytest.fixture(params=[*CPU_BACKENDS, "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each backend that serves CPU tensors, and CUDA's by emulation. One that was not built is an error."""
+    if request.param == "cuda":
+        serve_cpu_tensors(monkeypatch)
     with use_backend(request.param):
         yield request.param

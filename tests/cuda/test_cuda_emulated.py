@@ -1,0 +1,66 @@
+"""The CUDA kernels, executed on the CPU: right, and the same bits, whatever the order of blocks, warps and lanes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulation import build
+from emulation.backend import emulated_backend
+from emulation.cases import CASES, bits, results, wrong
+
+SEEDS = range(1, 7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_schedule_gives_the_same_right_bits(name):
+    in_order = results(emulated_backend(), name)
+    assert not wrong(name, in_order)
+    for seed in SEEDS:
+        assert bits(results(emulated_backend(), name, seed)) == bits(in_order), f"under seed {seed}"
+
+
+def test_cases_reach_every_place_of_a_row():
+    # the same rows, in shared memory and beyond it
+    for name, (_, settings) in CASES.items():
+        if "beyond" in name:
+            in_shared = results(emulated_backend(), name.replace("beyond", "block"))
+            assert settings and bits(results(emulated_backend(), name)) == bits(in_shared)
+
+
+def test_one_launch_each():
+    emulator = emulated_backend().emulator
+    for name in CASES:
+        before = emulator["launches"]
+        results(emulated_backend(), name)
+        assert emulator["launches"] == before + 1, name
+
+
+SANITIZED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from emulation import build
+from emulation.backend import load_backend
+from emulation.cases import CASES, results, wrong
+torch.set_num_threads(1)
+backend = load_backend(build.cuda_module(sanitize=True))
+for name in CASES:
+    print(name, flush=True)
+    print(wrong(name, results(backend, name, 1)))
+print("all", len(CASES))
+"""
+
+
+def test_sanitizers_find_nothing():
+    tests = Path(build.__file__).parents[1]
+    environment = build.sanitizer_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", SANITIZED, str(tests)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr
+    *lines, last = result.stdout.splitlines()
+    assert last == f"all {len(CASES)}" and not any(lines[1::2]), result.stdout

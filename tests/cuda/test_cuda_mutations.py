@@ -1,0 +1,171 @@
+"""Faults planted in a copy of the CUDA sources must be caught by the cases and schedules of the emulation.
+
+All are compiled at once: the copy asks a variable which of them is alive, and each is tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulation import build
+
+# name: (file, source with the part in «» that is replaced, its replacement); a part that ends in ; is a statement
+MUTATIONS = {
+    "no barrier after the warps' sums are written": (
+        "group.h",
+        "scratch[rank() / warp_size * N + i] = values[i];\n    }\n    «__syncthreads();»",
+        ";",
+    ),
+    "no barrier before sums are written anew": (
+        "group.h",
+        "// the next use may not overwrite what another warp still reads\n    «__syncthreads();»",
+        ";",
+    ),
+    "no barrier before maxima are written anew": (
+        "group.h",
+        "«__syncthreads();»\n    return value;",
+        ";",
+    ),
+    "sums of warps at swapped indices": (
+        "group.h",
+        "scratch[«rank() / warp_size * N + i»] = values[i];",
+        "rank() / warp_size + i * warps",
+    ),
+    "half of a warp's sum": (
+        "group.h",
+        "values[i] += __shfl_xor_sync(all_lanes, values[i], «distance»);",
+        "distance / 2",
+    ),
+    "the last warp left out": (
+        "group.h",
+        "for (int warp = 0; «warp < warps»; ++warp) values[i] += scratch[warp * N + i];",
+        "warp < warps - 1",
+    ),
+    "a maximum that is the first warp's": (
+        "group.h",
+        "value = «other > value» ? other : value;\n    }\n",
+        "false",
+    ),
+    "no barrier before an image's scalars are read": (
+        "step.cu",
+        "share.part() == 0);\n  }\n  «__syncthreads();»",
+        ";",
+    ),
+    "no barrier before a step's row is read": (
+        "step.cu",
+        "if (threadIdx.x == 0) *shared = step_row(a.coefficients);\n  «__syncthreads();»",
+        ";",
+    ),
+    "an element beyond the end of an image": ("step.cu", "if («j < quad.count») body(j,", "j <= quad.count"),
+    "an element short at the end of an image": ("step.cu", "if («j < quad.count») body(j,", "j < quad.count - 1"),
+    "channels run into each other": (
+        "step.cu",
+        "quad.together = quad.count == 4 && «quad.pixel + 4 <= a.pixels»",
+        "true",
+    ),
+    "any address taken for aligned": (
+        "step.cu",
+        "const bool aligned = «reinterpret_cast<uintptr_t>(at) % (4 * sizeof(T)) == 0»;",
+        "true",
+    ),
+    "every image draws the first one's noise": ("step.cu", "static_cast<uint64_t>(«a.seeds[image]»)", "a.seeds[0]"),
+    "quads of an image's blocks overlap": (
+        "step.cu",
+        "const int64_t step = «blocks_an_image * step_threads»;",
+        "blocks_an_image * step_threads - 1",
+    ),
+    "scores counted twice": (
+        "tilt_kernels.h",
+        "double total[1] = {0.0};\n  for (int64_t b = group.rank(); b < a.count; «b += Group::size»)",
+        "b += Group::size - 1",
+    ),
+    "a logit read beyond the row": (
+        "guidance_kernels.h",
+        "x[j] = «first + j < classes» ? load_float(",
+        "first + j <= classes",
+    ),
+    "a gradient written beyond the row": (
+        "guidance_kernels.h",
+        "if («first + j < classes») store_float(",
+        "first + j <= classes",
+    ),
+    "the last chunk of a row left out": (
+        "guidance_kernels.h",
+        "for (int64_t first = begin; «first < classes»; first += chunk<T> * Group::size) {\n"
+        "      float x[chunk<T>];\n#pragma",
+        "first + chunk<T> < classes",
+    ),
+    "a NaN logit taken for a small one": (
+        "guidance_kernels.h",
+        "spoilt += «x[j] < INFINITY» ? 0.0f : 1.0f;",
+        "x[j] != INFINITY",
+    ),
+    "statistics of the wrong row": (
+        "guidance_kernels.h",
+        "arguments.stats, arguments.batch, «b»);",
+        "arguments.batch - 1 - b",
+    ),
+}
+
+
+def planted(text: str, mutations: dict[int, tuple[str, str]]) -> str:
+    """The source with every part and its replacements in it, of which mutant `number` brings its own to life."""
+    replacements: dict[tuple[int, int], dict[int, str]] = {}
+    for number, (snippet, replacement) in mutations.items():
+        before, original, after = re.split("[«»]", snippet)
+        pattern = before + original + after
+        found = text.count(pattern)
+        assert found == 1, f"the sources have {found} places, not one, to plant this in; choose it anew: {pattern!r}"
+        start = text.index(pattern) + len(before)
+        replacements.setdefault((start, start + len(original)), {})[number] = replacement
+    for (start, end), choices in sorted(replacements.items(), reverse=True):
+        planted = text[start:end]
+        for number, replacement in choices.items():
+            if planted.endswith(("}", ";")):
+                planted = f"if (calguide_mutant == {number}) {{ {replacement} }} else {{ {planted} }}"
+            else:
+                planted = f"(calguide_mutant == {number} ? ({replacement}) : ({planted}))"
+        text = text[:start] + planted + text[end:]
+    return text
+
+
+def plant(csrc: Path) -> None:
+    """Plant every mutation in the sources."""
+    by_file: dict[str, dict[int, tuple[str, str]]] = {}
+    for number, (file, *mutation) in enumerate(MUTATIONS.values(), 1):
+        by_file.setdefault(file, {})[number] = tuple(mutation)
+    for file, mutations in by_file.items():
+        source = csrc / "cuda" / file
+        declaration = 'extern "C" __attribute__((visibility("default"))) int calguide_mutant;\n'
+        source.write_text(declaration + planted(source.read_text(), mutations))
+    definition = 'extern "C" {\n__attribute__((visibility("default"))) int calguide_mutant = 0;\n}\n'
+    (csrc / "cuda" / "mutant.cpp").write_text(definition)
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[str, str]:
+    csrc = tmp_path_factory.mktemp("mutants") / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    plant(csrc)
+    tests = Path(build.__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "emulation.verdicts", str(build.cuda_module(csrc)), str(len(MUTATIONS) + 1)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr
+    return dict(zip(["none", *MUTATIONS], json.loads(result.stdout), strict=True))
+
+
+def test_without_a_fault_nothing_is_caught(verdicts):
+    assert verdicts["none"] == ""
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_fault_is_caught(name, verdicts):
+    assert verdicts[name], f"nobody noticed: {name}"

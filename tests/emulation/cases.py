@@ -1,0 +1,219 @@
+"""Calls of every function of a backend that between them take every path of its kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from calguide_fast.backends import reference
+from calguide_fast.schedule import Schedule
+
+Call = Callable[[ModuleType], list[Tensor]]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# one of every kind of sum: two exponentials, a log in floats, powers in doubles
+DIVERGENCES = {"none": (0, 0.0), "reverse_kl": (1, 0.0), "js": (3, 0.0), "chi2": (6, 0.0), "alpha": (8, -0.5)}
+MARGINAL_TEMPERATURES = [0.7, 0.5, 1.0, 0.0]
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def guidance(
+    batch: int,
+    classes: int,
+    divergence: str,
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    marginal_temperature: float = 0.5,
+) -> Call:
+    logits = torch.randn(batch, classes, generator=_generator()) * 3
+    labels = torch.randint(classes, (batch,), generator=_generator(1))
+    if layout == "masked" and classes > 3:
+        # also the label's own class in one row, a NaN in another, a tie of the largest in a third
+        logits[:, 1::3] = -math.inf
+        labels[0] = 1
+        logits[-1, 0] = math.nan
+        logits[batch // 2, ::2] = 7.0
+    logits = logits.to(dtype)
+    if layout == "transposed":
+        logits = logits.t().contiguous().t()
+    elif layout == "shifted":
+        # no row of it starts on a boundary of sixteen bytes
+        logits = torch.zeros(batch, classes + 1, dtype=dtype)[:, 1:].copy_(logits)
+    code, order = DIVERGENCES[divergence]
+
+    def call(backend: ModuleType) -> list[Tensor]:
+        out = torch.full((batch, classes), math.nan, dtype=dtype)
+        settings = (code, order, 0.8, 0.9, 1.0, marginal_temperature, 0.4, True)
+        return list(backend.guidance_gradient(logits, labels, *settings, out))
+
+    return call
+
+
+def tilt(count: int, sum_to_one: bool = False, max_weight: float = math.inf, spoilt: bool = False) -> Call:
+    scores = torch.randn(2 * count, generator=_generator())[::2] * 3
+    scores[count // 2] = math.nan if spoilt else 0.0
+    return lambda backend: [backend.tilt_weights(scores, -0.7, sum_to_one, max_weight)]
+
+
+def x0(shape: tuple[int, ...], dtype: torch.dtype, out_dtype: torch.dtype, layout: str = "contiguous") -> Call:
+    x_t, model_output = _step_tensors(shape, dtype, layout)[:2]
+
+    def call(backend: ModuleType) -> list[Tensor]:
+        out = _laid_out(torch.full(shape, math.nan, dtype=out_dtype), layout)
+        return [backend.predict_x0(x_t, model_output, coefficients(), True, out).contiguous()]
+
+    return call
+
+
+def step(
+    shape: tuple[int, ...],
+    method: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    noise: str = "seeds",
+    guided: bool = True,
+    tilted: bool = True,
+    boosted: bool = False,
+    learned: bool = True,
+    in_place: bool = False,
+) -> Call:
+    x_t, model_output, gradient, draws = _step_tensors(shape, dtype, layout)
+    batch = shape[0]
+    model_output = model_output if learned else model_output[:, : shape[1]]
+    scores, weights = (torch.randn(batch, generator=_generator(2)), torch.rand(batch, generator=_generator(3)))
+    seeds = torch.arange(batch) * 0x123456789 - 5
+
+    def call(backend: ModuleType) -> list[Tensor]:
+        out = x_t.clone() if in_place else torch.full(shape, math.nan)
+        running = torch.rand(batch, generator=_generator(4)) * 0.01 if boosted else None
+        backend.guided_step(
+            out if in_place else x_t,
+            model_output,
+            coefficients(),
+            gradient if guided else None,
+            weights,
+            scores if tilted else None,
+            draws if noise == "given" else None,
+            seeds if noise == "seeds" else None,
+            running,
+            method,
+            learned,
+            1.3,
+            0.6,
+            1.5,
+            False,
+            0.3,
+            True,
+            out,
+        )
+        return [out] if running is None else [out, running]
+
+    return call
+
+
+def normals(batch: int, shape: tuple[int, ...]) -> Call:
+    seeds = torch.arange(batch) * -0x123456789ABCDEF
+    return lambda backend: [backend.philox_normal(seeds, shape, 7, 0)]
+
+
+def coefficients() -> Tensor:
+    return Schedule.linear().respaced("25").coefficients()[9].clone()
+
+
+def _step_tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> list[Tensor]:
+    batch, channels, *pixels = shape
+    doubled = (batch, 2 * channels, *pixels)
+    made = [torch.randn(s, generator=_generator(i)) for i, s in enumerate([shape, doubled, shape, shape])]
+    dtypes = [torch.float32, dtype, dtype, torch.float32]
+    return [_laid_out(tensor.to(kind), layout) for tensor, kind in zip(made, dtypes)]
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "shifted":
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    if layout == "padded":
+        # channels that do not follow one another
+        return torch.cat([tensor, tensor[:, :, :1]], 2)[:, :, :-1]
+    return tensor
+
+
+# rows that a warp holds in few and in many registers, and rows for a block, whose shared memory LITTLE_SHARED exhausts
+CLASSES = {"short": 10, "registers": 300, "many registers": 1000, "block": 1501}
+LITTLE_SHARED = 4096
+
+
+def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
+    """(name, call, settings of the emulator) of each, the quick ones first."""
+    for count in (1, 5, 199, 1025):
+        yield f"tilt {count}", tilt(count), {}
+    yield "tilt clipped", tilt(33, True, 0.02), {}
+    yield "tilt of a NaN", tilt(300, spoilt=True), {}
+    for shape in [(3, 3, 8, 8), (2, 1, 7, 9), (5, 3, 1, 1), (2, 3, 40, 41)]:
+        for method in (0, 1):
+            yield f"step {shape} {method}", step(shape, method), {}
+        yield f"x0 {shape}", x0(shape, torch.float32, torch.float16), {}
+        yield f"normals {shape}", normals(shape[0], shape[1:]), {}
+    odd = (3, 3, 7, 9)
+    for layout in ("channels_last", "shifted", "padded"):
+        for dtype in DTYPES:
+            yield f"step {layout} {dtype}", step(odd, 0, dtype, layout, "given", boosted=True), {}
+            yield f"x0 {layout} {dtype}", x0(odd, dtype, dtype, layout), {}
+    yield "step unguided", step(odd, guided=False, boosted=True), {}
+    yield "step without noise", step(odd, 1, noise="none"), {}
+    yield "step of fixed variance", step(odd, learned=False, boosted=True), {}
+    for number, divergence in enumerate(DIVERGENCES):
+        for size, classes in CLASSES.items():
+            layout = ["contiguous", "masked", "transposed", "shifted"][(number + classes) % 4]
+            dtype = DTYPES[(number + classes) % 3]
+            temperature = MARGINAL_TEMPERATURES[(number + len(size)) % 4]
+            call = guidance(3, classes, divergence, dtype, layout, temperature)
+            yield f"guidance {divergence} {size} {layout}", call, {}
+            if size == "block":
+                yield f"guidance {divergence} beyond {layout}", call, {"shared_limit": LITTLE_SHARED}
+    yield "step of many images", step((70, 1, 2, 3)), {}
+    # a thread goes over its image several times
+    yield "step of large images in place", step((20, 1, 63, 65), in_place=True), {"multiprocessors": 1}
+    # several rows in a block
+    yield "guidance of many rows", guidance(2051, 5, "js", torch.float32, "masked"), {}
+
+
+CASES = {name: (call, settings) for name, call, settings in all_cases()}
+
+
+def results(backend: ModuleType, name: str, seed: int = 0) -> list[Tensor]:
+    """What an emulated backend computes in a case, under the schedule of a seed."""
+    call, settings = CASES[name]
+    before = {setting: backend.emulator[setting] for setting in settings}
+    try:
+        for setting, value in {**settings, "seed": seed}.items():
+            backend.emulator[setting] = value
+        return call(backend)
+    finally:
+        for setting, value in {**before, "seed": 0}.items():
+            backend.emulator[setting] = value
+
+
+def wrong(name: str, found: list[Tensor]) -> str:
+    """What is wrong with the results of a case, or nothing: NaN for NaN, and near the reference elsewhere."""
+    for number, (actual, expected) in enumerate(zip(found, CASES[name][0](reference), strict=True)):
+        unit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[actual.dtype]
+        actual, expected = actual.double(), expected.double()
+        allowed = 1.01 * unit * expected.abs().clamp(min=1)
+        good = ((actual - expected).abs() <= allowed) | (actual == expected) | (actual.isnan() & expected.isnan())
+        if not good.all():
+            place = tuple((~good).nonzero()[0].tolist())
+            return f"{name}: result {number} at {place} is {actual[place]}, not {expected[place]}"
+    return ""
+
+
+def bits(found: list[Tensor]) -> list[bytes]:
+    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in found]
