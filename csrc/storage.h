@@ -1,4 +1,5 @@
-// 16-bit storage types and their conversions, in integer arithmetic that vectorises on any machine.
+// 16-bit storage types and their conversions, in integer arithmetic that vectorises on any machine; a GPU has
+// instructions for them.
 #pragma once
 
 #include "vector_math.h"
@@ -21,24 +22,37 @@ CALGUIDE_INLINE float load_float(float value) { return value; }
 CALGUIDE_INLINE float load_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
 CALGUIDE_INLINE float load_float(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   // the multiplication moves the exponent's bias and normalises subnormals alike
   const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return float_of(scaled | special | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+#endif
 }
 
 CALGUIDE_INLINE void store_float(float* at, float value) { *at = value; }
 
 // round to nearest, ties to even
 CALGUIDE_INLINE void store_float(BFloat16* at, float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(at->bits) : "f"(value));
+#else
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   at->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 
 // round to nearest, ties to even
 CALGUIDE_INLINE void store_float(Float16* at, float value) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(value));
+#else
   const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
   const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -48,6 +62,7 @@ CALGUIDE_INLINE void store_float(Float16* at, float value) {
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
   result = magnitude >= 0x47800000u ? special : result;
   at->bits = static_cast<uint16_t>(result | sign);
+#endif
 }
 
 }  // namespace calguide

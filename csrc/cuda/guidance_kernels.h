@@ -83,30 +83,44 @@ struct RegisterRow {
   }
 };
 
-// A thread reads back only what it wrote itself, so that this needs no barrier.
+// A thread reads back only what it wrote itself, so that this needs no barrier; sixteen bytes at a time, those of
+// neighbouring threads side by side.
 template <class T, class Group>
 struct SharedRow {
   template <class>
   using Sum = double;
-  float* shared;
+  static constexpr int packs = chunk<T> / 4;
+  static constexpr int64_t stride = chunk<T> * Group::size;
+  Pack<float>* own;
   int64_t begin, classes;
 
+  // shared memory that a row of so many classes takes
+  static int64_t bytes(int64_t classes) { return (classes + stride - 1) / stride * stride * sizeof(float); }
+
   CALGUIDE_MEMBER SharedRow(const Source<T>& source, const Group& group, float* shared)
-      : shared(shared), begin(group.rank() * chunk<T>), classes(source.classes) {
-    for (int64_t first = begin; first < classes; first += chunk<T> * Group::size) {
+      : own(reinterpret_cast<Pack<float>*>(shared) + group.rank()),
+        begin(group.rank() * chunk<T>),
+        classes(source.classes) {
+    Pack<float>* to = own;
+    for (int64_t first = begin; first < classes; first += stride) {
       float x[chunk<T>];
       source.load(first, x);
 #pragma unroll
-      for (int j = 0; j < chunk<T>; ++j) shared[first + j] = x[j];
+      for (int k = 0; k < packs; ++k, to += Group::size) *to = {x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]};
     }
   }
 
   template <class Body>
   CALGUIDE_MEMBER void each(const Body& body) const {
-    for (int64_t first = begin; first < classes; first += chunk<T> * Group::size) {
+    const Pack<float>* from = own;
+    for (int64_t first = begin; first < classes; first += stride) {
       float x[chunk<T>];
 #pragma unroll
-      for (int j = 0; j < chunk<T>; ++j) x[j] = shared[first + j];
+      for (int k = 0; k < packs; ++k, from += Group::size) {
+        const Pack<float> pack = *from;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[4 * k + j] = pack.values[j];
+      }
       body(first, x);
     }
   }
@@ -407,7 +421,7 @@ template <class T, Summation S>
 static void launch_block_rows(const Task<RealOf<S>>& task, const Place& place) {
   const int64_t batch = task.arguments.batch;
   const dim3 grid(static_cast<unsigned>(batch < most_blocks ? batch : most_blocks)), block(block_threads);
-  const int64_t bytes = (task.arguments.classes + chunk<T> - 1) / chunk<T> * chunk<T> * sizeof(float);
+  const int64_t bytes = SharedRow<T, RowBlock>::bytes(task.arguments.classes);
   const int64_t reserved = RowBlock::scratch_length * sizeof(double) + 1024;
   if (bytes + reserved > Place::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
     CALGUIDE_LAUNCH((guide_block_rows<T, S, GlobalRow>), grid, block, 0, place.stream(), task);

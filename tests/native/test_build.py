@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,19 +15,6 @@ from calguide_fast.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
-
-
-@pytest.fixture(scope="module")
-def build():
-    """setup.py as a module."""
-    for requirement in ("pybind11", "ninja"):
-        pytest.importorskip(requirement, reason=f"{requirement} is only needed to build, and is not installed here")
-    spec = importlib.util.spec_from_file_location("calguide_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    # its dataclass looks its own module up by name
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
