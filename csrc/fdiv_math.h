@@ -38,21 +38,21 @@ struct DivergenceTraits {
   Summation summation;
   bool reverse_kl, forward_kl;  // the parts of a sum of KLs
   bool vanishes_finitely;       // whether a class of probability 0 has finite terms whatever its log p
-  double unit;                  // what the terms of class_terms are to be multiplied by
+  float unit;                   // what the terms of class_terms are to be multiplied by
 };
 
 // A divergence without a line here does not compile, nor does one of class terms that class_terms does not know.
 CALGUIDE_INLINE constexpr DivergenceTraits divergence_traits(int divergence) {
   switch (static_cast<Divergence>(divergence)) {
-    case divergence_none: return {sum_of_kls, false, false, true, 1.0};
-    case divergence_reverse_kl: return {sum_of_kls, true, false, true, 1.0};
-    case divergence_forward_kl: return {sum_of_kls, false, true, true, 1.0};
-    case divergence_js: return {sum_of_floats, false, false, true, 0.5};
-    case divergence_jeffreys: return {sum_of_kls, true, true, true, 1.0};
-    case divergence_hellinger: return {sum_of_floats, false, false, true, 1.0};
-    case divergence_chi2: return {sum_of_doubles, false, false, true, 1.0};
-    case divergence_neyman_chi2: return {sum_of_doubles, false, false, false, 1.0};
-    case divergence_alpha: return {sum_of_doubles, false, false, false, 1.0};
+    case divergence_none: return {sum_of_kls, false, false, true, 1.0f};
+    case divergence_reverse_kl: return {sum_of_kls, true, false, true, 1.0f};
+    case divergence_forward_kl: return {sum_of_kls, false, true, true, 1.0f};
+    case divergence_js: return {sum_of_floats, false, false, true, 0.5f};
+    case divergence_jeffreys: return {sum_of_kls, true, true, true, 1.0f};
+    case divergence_hellinger: return {sum_of_floats, false, false, true, 1.0f};
+    case divergence_chi2: return {sum_of_doubles, false, false, true, 1.0f};
+    case divergence_neyman_chi2: return {sum_of_doubles, false, false, false, 1.0f};
+    case divergence_alpha: return {sum_of_doubles, false, false, false, 1.0f};
     case divergence_count: break;
   }
   return {};
@@ -108,7 +108,7 @@ CALGUIDE_INLINE ClassTerms<Real> class_terms(Real p, Real log_p, const ClassWeig
     return {w, w + of.q * ((of.log_q + log_2) - log_sum)};
   } else if constexpr (D == divergence_hellinger) {
     // phi = (sqrt t - 1)^2
-    const Real root = __builtin_sqrtf(p);
+    const Real root = square_root(p);
     const Real difference = root - of.root_q;
     return {root * difference, difference * difference};
   } else if constexpr (D == divergence_chi2) {

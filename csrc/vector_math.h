@@ -35,6 +35,17 @@ CALGUIDE_INLINE double power_of_two(double shifted) {
   return power;
 }
 
+// 1 ulp
+CALGUIDE_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
 // (e^r - 1 - r) / r^2 for |r| <= log(2) / 2: minimax in the relative error of e^r, 3.1e-9
 CALGUIDE_INLINE float exp_remainder(float r) {
   float c = 0x1.6a23dp-10f;
