@@ -1,8 +1,8 @@
 // The step kernels: predict_x0, guided_step and the noise they draw, each in one launch.
 //
 // A thread takes four elements of an image at a time, in the order of NCHW: the normals of one Philox counter, and
-// sixteen bytes of an operand that lies so. Any other stride is read element by element. What an image's elements share is
-// worked out once per block.
+// sixteen bytes of an operand that lies so. Any other stride is read element by element. What an image's elements share
+// is worked out once per block.
 #include "cuda/step.h"
 
 #include "cuda/place.h"
@@ -109,7 +109,7 @@ CALGUIDE_DEVICE void store(const Operand& of, const Quad& quad, const float (&x)
 
 // The blocks of a grid are dealt to the images, so many for each; a thread's quads lie a whole image's threads apart.
 struct Share {
-  int64_t blocks_an_image;
+  unsigned blocks_an_image;
   int64_t quads;  // of an image
 
   CALGUIDE_MEMBER int64_t image() const { return blockIdx.x / blocks_an_image; }
@@ -117,7 +117,7 @@ struct Share {
 
   template <class Body>
   CALGUIDE_MEMBER void each_quad(const Body& body) const {
-    const int64_t step = blocks_an_image * step_threads;
+    const int64_t step = static_cast<int64_t>(blocks_an_image) * step_threads;
     for (int64_t quad = part() * step_threads + threadIdx.x; quad < quads; quad += step) body(quad);
   }
 };
@@ -266,7 +266,7 @@ Grid grid_for(int64_t batch, int64_t elements) {
   int64_t blocks = needed < fair ? needed : fair;
   blocks = blocks < least ? least : blocks;
   if (batch * blocks > 0x7fffffff) throw std::runtime_error("the batch has more images than CUDA's grids hold");
-  return {{blocks, quads}, dim3(static_cast<unsigned>(batch * blocks))};
+  return {{static_cast<unsigned>(blocks), quads}, dim3(static_cast<unsigned>(batch * blocks))};
 }
 
 }  // namespace
