@@ -276,7 +276,8 @@ CALGUIDE_INLINE void set_form(const GuidanceSettings<Scalar>& settings, const La
   if (marginal_of(tau2) == marginal_same) linear -= tau2;
   form.b0 = static_cast<Real>(linear / row.s);
   form.b1 = static_cast<Real>((share.logarithmic - lambda) / row.s);
-  form.a2 = static_cast<Real>(-tau2 / row.s2);
+  // e2 is e, which b0 multiplies, or has no weight
+  form.a2 = marginal_of(tau2) == marginal_same ? Real(0) : static_cast<Real>(-tau2 / row.s2);
   form.c0 = static_cast<Real>(share.constant);
   Scalar at_label = tau1;
   if (label.present) {

@@ -328,8 +328,6 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
     });
   }
   set_form(settings, label, scalars, share, form);
-  // b0 has it already
-  if (marginal == marginal_same) form.a2 = 0;
   if (group.rank() == 0) {
     store_statistics(settings, label, scalars, share.value, arguments.stats, arguments.batch, b);
   }
