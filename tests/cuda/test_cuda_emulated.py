@@ -12,6 +12,8 @@ from emulation import build
 from emulation.backend import emulated_backend
 from emulation.cases import CASES, bits, results, wrong
 
+from calguide_fast.backends import reference
+
 SEEDS = range(1, 7)
 
 
@@ -37,6 +39,53 @@ def test_one_launch_each():
         before = emulator["launches"]
         results(emulated_backend(), name)
         assert emulator["launches"] == before + 1, name
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("normals")])
+def test_noise_is_bit_equal_to_the_reference(name):
+    assert bits(results(emulated_backend(), name)) == bits(CASES[name][0](reference))
+
+
+@pytest.fixture
+def emulator():
+    settings = emulated_backend().emulator
+    before = {name: settings[name] for name in ("device", "device_count", "driver_version", "shared_limit")}
+    yield settings
+    for name, value in before.items():
+        settings[name] = value
+
+
+def test_the_device_is_chosen_and_given_back(emulator, monkeypatch):
+    backend = emulated_backend()
+    emulator["device_count"] = 2
+    for index, current in [(1, 0), (0, 1), (1, 1)]:
+        emulator["device"] = current
+        monkeypatch.setattr(backend._kernels, "place", lambda tensor, index=index: (index, 0))
+        assert not wrong("tilt 5", results(backend, "tilt 5"))
+        assert emulator["device"] == current
+    monkeypatch.setattr(backend._kernels, "place", lambda tensor: (2, 0))
+    with pytest.raises(RuntimeError, match="CUDA could not choose the device: .*cudaErrorInvalidDevice"):
+        results(backend, "tilt 5")
+    # CUDA keeps the error for who asks next, as this does
+    backend._kernels.native.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("driver_version", 0, "no NVIDIA driver"),
+        ("driver_version", 12040, "the NVIDIA driver serves CUDA 12.4, and this was built with CUDA 13.0"),
+        ("device_count", 0, "no CUDA device"),
+    ],
+)
+def test_why_no_kernel_can_run(emulator, setting, value, reason):
+    native = emulated_backend()._kernels.native
+    assert native.unavailable() == ""
+    emulator[setting] = value
+    assert native.unavailable() == reason
+    emulator[setting] = 13000 if setting == "driver_version" else 1
+    # the question leaves no error behind for the next launch
+    assert not wrong("tilt 5", results(emulated_backend(), "tilt 5"))
 
 
 SANITIZED = """

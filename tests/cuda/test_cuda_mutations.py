@@ -28,6 +28,7 @@ MUTATIONS = {
         "// the next use may not overwrite what another warp still reads\n    «__syncthreads();»",
         ";",
     ),
+    "no barrier before votes are written anew": ("group.h", "«__syncthreads();»\n    return condition;", ";"),
     "no barrier before maxima are written anew": (
         "group.h",
         "«__syncthreads();»\n    return value;",
@@ -102,10 +103,16 @@ MUTATIONS = {
         "      float x[chunk<T>];\n#pragma",
         "first + chunk<T> < classes",
     ),
-    "a NaN logit taken for a small one": (
+    "a NaN logit unseen": ("guidance_kernels.h", "!group.any(«probe != 0.0f»);", "probe > 0.0f"),
+    "a NaN logit taken for a masked one": (
         "guidance_kernels.h",
-        "spoilt += «x[j] < INFINITY» ? 0.0f : 1.0f;",
+        "census[1] += «x[j] < INFINITY» ? 0.0f : 1.0f;",
         "x[j] != INFINITY",
+    ),
+    "absent classes in the sum of distances": (
+        "guidance_kernels.h",
+        "sum_d += «x[j] > least_present» ? d : Real(0);",
+        "true",
     ),
     "statistics of the wrong row": (
         "guidance_kernels.h",

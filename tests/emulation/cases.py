@@ -31,6 +31,7 @@ def guidance(
     dtype: torch.dtype,
     layout: str = "contiguous",
     marginal_temperature: float = 0.5,
+    in_place: bool = False,
 ) -> Call:
     logits = torch.randn(batch, classes, generator=_generator()) * 3
     labels = torch.randint(classes, (batch,), generator=_generator(1))
@@ -49,9 +50,10 @@ def guidance(
     code, order = DIVERGENCES[divergence]
 
     def call(backend: ModuleType) -> list[Tensor]:
-        out = torch.full((batch, classes), math.nan, dtype=dtype)
+        given = logits.clone() if in_place else logits
+        out = given if in_place else torch.full((batch, classes), math.nan, dtype=dtype)
         settings = (code, order, 0.8, 0.9, 1.0, marginal_temperature, 0.4, True)
-        return list(backend.guidance_gradient(logits, labels, *settings, out))
+        return list(backend.guidance_gradient(given, labels, *settings, out))
 
     return call
 
@@ -179,6 +181,8 @@ def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
             yield f"guidance {divergence} {size} {layout}", call, {}
             if size == "block":
                 yield f"guidance {divergence} beyond {layout}", call, {"shared_limit": LITTLE_SHARED}
+        in_place = guidance(3, CLASSES["block"], divergence, torch.bfloat16, in_place=True)
+        yield f"guidance {divergence} in place", in_place, {"shared_limit": LITTLE_SHARED}
     yield "step of many images", step((70, 1, 2, 3)), {}
     # a thread goes over its image several times
     yield "step of large images in place", step((20, 1, 63, 65), in_place=True), {"multiprocessors": 1}

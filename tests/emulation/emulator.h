@@ -18,6 +18,7 @@ inline std::map<std::string, long> settings = {
     {"multiprocessors", 4},
     {"compute_capability", 90},
     {"device_count", 1},
+    {"device", 0},  // the current one
     {"driver_version", 13000},
     {"launches", 0},  // counted
 };

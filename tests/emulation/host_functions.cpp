@@ -3,8 +3,6 @@
 
 using namespace emulation;
 
-static int current_device = 0;
-
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
 
 const char* cudaGetErrorName(cudaError_t error) {
@@ -35,13 +33,13 @@ cudaError_t cudaGetLastError() {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
+  *device = static_cast<int>(settings["device"]);
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= settings["device_count"]) return failed(cudaErrorInvalidDevice);
-  current_device = device;
+  settings["device"] = device;
   return cudaSuccess;
 }
 

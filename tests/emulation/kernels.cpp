@@ -59,7 +59,8 @@ __global__ void every_shuffle(int* out) {
   mine[4] = __shfl_xor_sync(all, lane, 9);
   mine[5] = static_cast<int>(__shfl_xor_sync(all, lane * 0x1.0000000001p40, 1) / 0x1.0000000001p40);
   mine[6] = static_cast<int>(__ballot_sync(all, lane % 3 == 0));
-  mine[7] = __any_sync(all, lane == 7) + 2 * __all_sync(all, lane < 32) + 4 * __any_sync(all, lane == 32);
+  mine[7] = __any_sync(all, lane == 7) + 2 * __all_sync(all, lane < 32);
+  mine[7] += 4 * __any_sync(all, lane == 32) + 8 * __all_sync(all, lane != 7);
 }
 
 // halves of a warp that never meet each other
