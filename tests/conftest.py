@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from calguide_fast import backends, use_backend
+
+# without a GPU, Triton's kernels run in its interpreter; it must be on before anything imports Triton
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # torch.empty gives NaN, so that a kernel that leaves a value unwritten is seen
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -52,8 +59,38 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=CPU_BACKENDS)
+@pytest.fixture(params=[*CPU_BACKENDS, "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that serves CPU tensors. One that was not built is an error: the package builds it."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton backend in its interpreter, serving CPU tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is present: Triton compiles for it, and serves no CPU tensors")
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed (it is a part of the dev extra on Linux)")
+    from triton.runtime import interpreter
+
+    from calguide_fast.backends.triton import launch
+
+    monkeypatch.setitem(backends._SPECS, "triton", backends._SPECS["triton"]._replace(devices=frozenset({"cpu"})))
+    # programs run one after the other: fewer and larger ones are much quicker
+    monkeypatch.setattr(launch, "LEAST_ROWS", 64)
+    monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
+
+
+def _rounding(convert: Callable) -> Callable:
+    """The interpreter's conversion of floats, but to the nearest bfloat16 as on a GPU: its own cuts off."""
+
+    def convert_float(values, source, target, *rest):
+        if (source.name, target.name) == ("fp32", "bf16"):
+            return torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+        return convert(values, source, target, *rest)
+
+    return convert_float
