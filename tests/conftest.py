@@ -40,6 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device is present"))
+    for item in items:
+        # runs of many steps in Triton's interpreter take minutes, and add nothing to the ops' own tests
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "sampler" in item.path.parts and parameters.get("backend") == "triton":
+            item.add_marker(pytest.mark.full)
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if not item.get_closest_marker("full")]
@@ -81,7 +86,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(backends._SPECS, "triton", backends._SPECS["triton"]._replace(devices=frozenset({"cpu"})))
     # programs run one after the other: fewer and larger ones are much quicker
-    monkeypatch.setattr(launch, "LEAST_ROWS", 64)
+    monkeypatch.setattr(launch, "LEAST_ROWS", 16)
     monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
 
 

@@ -129,21 +129,18 @@ def _exponents(f, top, REAL: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(values, where):
-    return tl.sum(tl.where(where, values, 0.0), 1).to(tl.float64)
-
-
-@triton.jit
 def _sums(f, others, top, tau2, REAL: tl.constexpr):
     """Of the others: how many have the largest logit, and over the rest of them the sums of 1, d, e, e d, exp(tau2 d)."""
     d = _exponents(f, top, REAL)
     e, e2 = tl.exp(d), tl.exp(tau2 * d.to(tl.float32))
     # unequal, not below: NaN is among the rest, and with it their sums
     rest = others & (d != 0.0)
-    one = tl.full(f.shape, 1.0, tl.float32)
+    n_top, n = tl.sum((others & (d == 0.0)).to(tl.int32), 1), tl.sum(rest.to(tl.int32), 1)
+    sum_d, sum_e = tl.sum(tl.where(rest, d, 0.0), 1), tl.sum(tl.where(rest, e, 0.0), 1)
+    sum_ed, sum_e2 = tl.sum(tl.where(rest, e * d, 0.0), 1), tl.sum(tl.where(rest, e2, 0.0), 1)
     return (
-        _row_sum(one, others & (d == 0.0)), _row_sum(one, rest), _row_sum(d, rest), _row_sum(e, rest),
-        _row_sum(e * d, rest), _row_sum(e2, rest),
+        n_top.to(tl.float64), n.to(tl.float64), sum_d.to(tl.float64), sum_e.to(tl.float64),
+        sum_ed.to(tl.float64), sum_e2.to(tl.float64),
     )  # fmt: skip
 
 
@@ -248,11 +245,10 @@ def _guidance_kernel(
         logarithmic -= alpha
         at_label -= alpha * p * (log_p + entropy - rest * gap)
     at_top = linear / s - tau2 / s2 + constant
-    pull = tl.zeros([ROWS], tl.float64)
-    unit = 1.0 / s
-    # terms of e and q s, not of p and q: the s divides out of their sums
-    q, log_q = other_q * s, log_other_q + log_s
     if HAS_TERMS:
+        # terms of e and q s, not of p and q: the s divides out of their sums
+        q, log_q = other_q * s, log_other_q + log_s
+        unit = 1.0 / s
         if DIVERGENCE == JS:
             unit *= 0.5
         sum_w = tl.zeros([ROWS], tl.float64)
@@ -261,9 +257,9 @@ def _guidance_kernel(
             if not FITS:
                 f, others = _tile(logits, row, start, label, batch, classes, row_stride, class_stride, BLOCK)
             d = _exponents(f, top, REAL)
-            w, value = _class_terms(tl.exp(d), d, _wide(q, REAL), _wide(log_q, REAL), order, DIVERGENCE)
-            sum_w += _row_sum(w, others & (d != 0.0))
-            sum_value += _row_sum(value, others & (d != 0.0))
+            w, value = _class_terms(tl.exp(d), d, q.to(REAL)[:, None], log_q.to(REAL)[:, None], order, DIVERGENCE)
+            sum_w += tl.sum(tl.where(others & (d != 0.0), w, 0.0), 1).to(tl.float64)
+            sum_value += tl.sum(tl.where(others & (d != 0.0), value, 0.0), 1).to(tl.float64)
         top_w, top_value = _class_terms(tl.full([ROWS], 1.0, tl.float64), constant, q, log_q, order, DIVERGENCE)
         label_w, label_value = _class_terms(label_e, label_d, label_q * s, log_label_q + log_s, order, DIVERGENCE)
         label_w, label_value = tl.where(has_label, label_w, 0.0), tl.where(has_label, label_value, 0.0)
@@ -281,41 +277,36 @@ def _guidance_kernel(
     divergence = tl.where(divergence < 0.0, 0.0, divergence)
     log_prob = tl.where(has_label, tau2 * label_d - log_s2 + (tau1 - tau2) * label_f, float("-inf"))
     score = log_prob - tl.where(alpha == 0.0, 0.0, alpha * divergence) + weight * entropy
-    _store_stat(stats, 0, row, batch, tl.where(has_label, score, float("-inf")), spoilt)
-    _store_stat(stats, 1, row, batch, log_prob, spoilt)
-    _store_stat(stats, 2, row, batch, entropy, spoilt)
-    _store_stat(stats, 3, row, batch, divergence, spoilt)
-    _store_stat(stats, 4, row, batch, tl.where(has_label, log_p, float("-inf")), spoilt)
+    score = tl.where(has_label, score, float("-inf"))
+    label_log_prob = tl.where(has_label, log_p, float("-inf"))
+    stride = batch.to(tl.int64)
+    nan = tl.where(spoilt, float("nan"), 0.0)
+    tl.store(stats + row, (score + nan).to(tl.float32), mask=there)
+    tl.store(stats + stride + row, (log_prob + nan).to(tl.float32), mask=there)
+    tl.store(stats + 2 * stride + row, (entropy + nan).to(tl.float32), mask=there)
+    tl.store(stats + 3 * stride + row, (divergence + nan).to(tl.float32), mask=there)
+    tl.store(stats + 4 * stride + row, (label_log_prob + nan).to(tl.float32), mask=there)
 
-    at_label = tl.where(has_label, at_label, tau1)
+    # what the classes of a row meet of its numbers
+    b0, b1, a2 = (linear / s).to(REAL)[:, None], (logarithmic / s).to(REAL)[:, None], (-tau2 / s2).to(REAL)[:, None]
+    c0, at_top = constant.to(REAL)[:, None], at_top.to(REAL)[:, None]
+    at_label = tl.where(has_label, at_label, tau1).to(REAL)[:, None]
     for start in range(0, end, BLOCK):
         if not FITS:
             f, others = _tile(logits, row, start, label, batch, classes, row_stride, class_stride, BLOCK)
         d = _exponents(f, top, REAL)
         e, e2 = tl.exp(d), tl.exp(tau2.to(tl.float32) * d.to(tl.float32))
-        g = _wide(linear / s, REAL) * e + _wide(logarithmic / s, REAL) * (e * d)
-        g += _wide(-tau2 / s2, REAL) * e2 + _wide(constant, REAL)
+        g = b0 * e + b1 * (e * d) + a2 * e2 + c0
         if HAS_TERMS:
-            w, _ = _class_terms(e, d, _wide(q, REAL), _wide(log_q, REAL), order, DIVERGENCE)
-            term = _wide(scale, REAL) * _centred(w, e, _wide(pull, REAL))
+            w, _ = _class_terms(e, d, q.to(REAL)[:, None], log_q.to(REAL)[:, None], order, DIVERGENCE)
+            term = scale.to(REAL)[:, None] * _centred(w, e, pull.to(REAL)[:, None])
             g -= tl.where(alpha == 0.0, 0.0, term)
-        g = tl.where(d == 0.0, _wide(at_top, REAL), g)
+        g = tl.where(d == 0.0, at_top, g)
         column = start + tl.arange(0, BLOCK)[None, :]
         # a masked class has no gradient
-        g = tl.where(others, g, tl.where(column == label[:, None], _wide(at_label, REAL), 0.0))
+        g = tl.where(others, g, tl.where(column == label[:, None], at_label, 0.0))
         g = tl.where(spoilt[:, None], float("nan"), g).to(tl.float32).to(grad.dtype.element_ty)
         tl.store(grad + row[:, None] * classes + column, g, mask=there[:, None] & (column < classes))
-
-
-@triton.jit
-def _wide(values, REAL: tl.constexpr):
-    """Numbers of rows, to meet those of classes."""
-    return values.to(REAL)[:, None]
-
-
-@triton.jit
-def _store_stat(stats, index, row, batch, values, spoilt):
-    tl.store(stats + index * batch + row, tl.where(spoilt, float("nan"), values).to(tl.float32), mask=row < batch)
 
 
 def guidance_gradient(

@@ -123,7 +123,7 @@ def _step_kernel(
             sd, variance = tl.load(c + 7), tl.load(c + 6)
         if variance_max is not None:
             # of the image's first pixel; every program of an image finds the same maximum, whether or not it comes first
-            at_first = variance
+            at_first = variance + tl.zeros([IMAGES, 1], tl.float32)
             if LEARNED:
                 first_v = tl.load(model_output + v_offset + image * m_image, mask=there, other=0.0)
                 at_first = tl.exp(log_sd + log_span * first_v.to(tl.float32))
