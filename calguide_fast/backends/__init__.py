@@ -63,9 +63,7 @@ def _default(dtype: torch.dtype, device: str) -> ModuleType:
     if backend is None:
         if preferred:
             reasons = "; ".join(f"the {name!r} backend is not available ({_failures[name]})" for name in preferred)
-            warnings.warn(
-                f"calguide_fast: {reasons}; using the slow 'reference' backend", RuntimeWarning, stacklevel=3
-            )
+            warnings.warn(f"calguide_fast: {reasons}; using the slow 'reference' backend", RuntimeWarning, stacklevel=3)
         backend = _require("reference")
     _defaults[dtype, device] = backend
     return backend

@@ -295,25 +295,19 @@ def test_strided_labels_and_other_integer_types(backend):
         assert torch.equal(guidance_gradient(logits, variant).grad, expected)
 
 
-OUT_OF_RANGE = pytest.mark.parametrize("label", [-1, 10, -(2**40), 2**40])
-
-
-@OUT_OF_RANGE
-@pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
+@pytest.mark.parametrize("label", [-1, 10, -(2**40), 2**40])
 def test_a_label_out_of_range_names_row_value_and_range(label, backend):
     out = torch.full((4, 10), 7.0)
+    if backend in ("cuda", "triton"):
+        # a look at the labels would wait for the device: their rows are spoilt instead
+        grad, *scalars = guidance_gradient(torch.randn(4, 10), torch.tensor([1, 2, label, 99]), out=out)
+        assert all(
+            found.isnan().view(4, -1).all(1).tolist() == [False, False, True, True] for found in (grad, *scalars)
+        )
+        return
     with pytest.raises(ValueError, match=rf"labels\[2\]={label} is out of range.*0\.\.9"):
         guidance_gradient(torch.randn(4, 10), torch.tensor([1, 2, label, 99]), out=out)
     assert (out == 7).all(), "nothing may be written before the labels are known to be good"
-
-
-@OUT_OF_RANGE
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_a_label_out_of_range_is_a_row_of_nan_where_no_check_may_wait(label, backend):
-    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, label, 9])
-    found, good = guidance_gradient(logits, labels), guidance_gradient(logits, labels.clamp(0, 9))
-    for value, wanted in zip(found, good):
-        assert value[2].isnan().all() and torch.equal(value[[0, 1, 3]], wanted[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)

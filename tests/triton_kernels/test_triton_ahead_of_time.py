@@ -1,4 +1,4 @@
-"""Every kind of Triton kernel compiled to machine code, without a GPU: what it takes of one, and what it may not contain.
+"""Every kind of Triton kernel compiled to machine code, without a GPU: what it takes of one, and may not contain.
 
 This says nothing of speed, and nothing of a GPU's rounding.
 """
@@ -16,10 +16,12 @@ import pytest
 from compile_offline import CASES
 from conftest import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it is a part of the dev extra on Linux)")
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON, reason="triton is not installed (it is a part of the dev extra on Linux)"
+)
 
-# Registers of a thread: 128 threads of 144 leave a multiprocessor three programs, 256 of 186 one. Float64 terms take two
-# registers a number.
+# Registers of a thread: a multiprocessor takes three programs of 128 threads with 144. Float64 terms take two registers
+# a number.
 REGISTERS = {"guidance": 144, "step": 84, "x0": 48, "tilt": 48, "noise": 48}
 IN_DOUBLE = ("guidance chi2", "guidance neyman_chi2", "guidance alpha")
 # rows in several tiles: the assembler buys one more program with a few bytes of what is fixed throughout the loops

@@ -1,4 +1,4 @@
-"""What the parity tests of all backends do not reach of Triton's: a GPU's rounding, tiles as launched, offsets, waits."""
+"""What the parity tests of all backends do not reach of Triton's: a GPU's rounding, its tiles, offsets, waits."""
 
 from __future__ import annotations
 

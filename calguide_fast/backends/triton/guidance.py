@@ -1,11 +1,11 @@
-"""Logits to guidance gradient and score, in tiles of (rows, classes): the algebra of `csrc/cpu/kernels/guidance.cpp`.
+"""Logits to guidance gradient and score, in tiles of (rows, classes): the algebra of `csrc/fdiv_math.h`.
 
 With d = f - max f, e = exp(d) and s = sum e, what is per class is
   G_i = e_i (b0 + b1 d_i) + a2 exp(marginal temperature * d_i) + c0 - alpha (w_i - p_i sum w),
-with w from `_class_terms` for the divergences outside the Kullback-Leibler family and absent within it. Numbers of a row
-are float64, of a class float32 (float64 for the powers of p / q). Sums are over the classes that are neither the label
-nor the largest logit: those few are known exactly, and a sum that held them would round the rest away. Padding is one
-more masked class. What exp, log, division and square root are off by on a GPU (2 ulp) stays far below the tolerance.
+with w of `_class_terms` for the divergences outside the Kullback-Leibler family and without it inside. The numbers of a
+row are float64, those of a class float32 (float64 for the powers of p / q). Sums run over the classes that are neither
+the label nor the largest logit: those few are known exactly, and a sum that held them would round the rest away.
+Padding is one more masked class. What a GPU's exp, log and square root are off by stays well inside the tolerance.
 """
 
 from __future__ import annotations
@@ -34,15 +34,11 @@ LOG_ZERO = tl.constexpr(-1e30)
 # divergences whose class terms are float64
 _IN_DOUBLE = (6, 7, 8)
 
-# A thread has 8 classes, for loads of 16 bytes. The widest tile is one whose numbers stay in registers, with float64 class
-# terms too; a longer row is read again, out of the cache. Short rows share a tile of 2 classes a thread, because each
-# thread computes the numbers of all rows that it has a part of.
+# A thread has 8 classes, for loads of 16 bytes. The widest tile is one whose numbers stay in registers, with float64
+# class terms too; a longer row is read again, out of the cache. Short rows share a tile of 2 classes a thread, because
+# each thread computes the numbers of all rows that it has a part of.
 NARROWEST = 256
 WIDEST = 2048
-
-
-def _warps(elements: int) -> int:
-    return min(max(4, elements // 256), 8)
 
 
 @triton.jit
@@ -96,8 +92,8 @@ def _class_terms(p, log_p, q, log_q, order, DIVERGENCE: tl.constexpr):
         ratio = (p - q) / p
         w, value = tl.where(q > 0.0, ratio * (p + q), p), tl.where(q > 0.0, ratio * (p - q), p)
     else:
-        # phi = (t^a - a t + a - 1) / (a (a - 1)). p (t^(a-1) - 1) and q (t^a - 1) both sum to a (a - 1) D: below a = 1/2
-        # the second is taken, above it the first, by expm1 so that a may come as close to 0 and to 1 as it likes
+        # phi = (t^a - a t + a - 1) / (a (a - 1)). p (t^(a-1) - 1) and q (t^a - 1) both sum to a (a - 1) D: below
+        # a = 1/2 the second is taken, above it the first, by expm1 so that a may come as close to 0 and 1 as it likes
         low = order < 0.5
         factor = 1.0 / (order - 1.0)
         excess = tl.where(low, q, p) * _expm1(tl.where(low, order, order - 1.0) * (log_p - log_q)) * factor
@@ -130,7 +126,7 @@ def _exponents(f, top, REAL: tl.constexpr):
 
 @triton.jit
 def _sums(f, others, top, tau2, REAL: tl.constexpr):
-    """Of the others: how many have the largest logit, and over the rest of them the sums of 1, d, e, e d, exp(tau2 d)."""
+    """How many others have the largest logit, and sums over the rest of them: of 1, d, e, e d and exp(tau2 d)."""
     d = _exponents(f, top, REAL)
     e, e2 = tl.exp(d), tl.exp(tau2 * d.to(tl.float32))
     # unequal, not below: NaN is among the rest, and with it their sums
@@ -337,6 +333,7 @@ def guidance_gradient(
             logits, labels, grad, stats, batch, classes // group, row_stride // group, class_stride, labels.stride(0),
             *doubles(order, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight),
             DIVERGENCE=divergence, ADAPTIVE=adaptive_entropy, REAL=tl.float64 if in_double else tl.float32,
-            ROWS=rows, BLOCK=block, FITS=block >= classes, GROUP=group, num_warps=_warps(rows * block), enable_fp_fusion=True,
+            ROWS=rows, BLOCK=block, FITS=block >= classes, GROUP=group,
+            num_warps=min(max(4, rows * block // 256), 8), enable_fp_fusion=True,
         )  # fmt: skip
     return grad, stats

@@ -36,6 +36,6 @@ def as_double(bits):
 
 
 def tile_shape(columns: int, narrowest: int, widest: int) -> tuple[int, int]:
-    """(rows, columns) of a tile, powers of two: one row as far as it is not too wide, or several if it is too narrow."""
+    """(rows, columns) of a tile, powers of two: one row, if it is not too wide, or several, if it is too narrow."""
     width = max(4, min(triton.next_power_of_2(columns), widest))
     return max(LEAST_ROWS, narrowest // width), width

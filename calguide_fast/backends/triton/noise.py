@@ -42,7 +42,7 @@ def _log(u):
 
 @triton.jit
 def _normal_pair(radius_word, angle_word):
-    """Two normals by Box-Muller: the radius from the upper 24 bits of one word, the angle 2 pi word / 2^32 from another."""
+    """Two normals by Box-Muller: the radius by the upper 24 bits of one word, the angle 2 pi word / 2^32 by another."""
     u = ((radius_word >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
     radius = tl.sqrt_rn(_log(u) * -2.0)
 

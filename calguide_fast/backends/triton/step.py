@@ -16,7 +16,7 @@ from calguide_fast.backends.triton.tilt import softmax_sums, tilt_weight
 
 @triton.jit
 def _place(elements, pixels, batch, IMAGES: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr):
-    """A program's images [IMAGES, 1], elements, channels and pixels [1, BLOCK], which of them there are, and the first."""
+    """A program's images [IMAGES, 1], elements, channels, pixels [1, BLOCK], which of them exist, the first element."""
     tiles = tl.cdiv(elements, BLOCK)
     image = (tl.program_id(0) // tiles).to(tl.int64) * IMAGES + tl.arange(0, IMAGES)
     first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
@@ -122,7 +122,7 @@ def _step_kernel(
         else:
             sd, variance = tl.load(c + 7), tl.load(c + 6)
         if variance_max is not None:
-            # of the image's first pixel; every program of an image finds the same maximum, whether or not it comes first
+            # of the image's first pixel. Every program of an image finds the same maximum, before or after it is stored
             at_first = variance + tl.zeros([IMAGES, 1], tl.float32)
             if LEARNED:
                 first_v = tl.load(model_output + v_offset + image * m_image, mask=there, other=0.0)
@@ -142,7 +142,7 @@ def _step_kernel(
 
 
 def _strides(channels: int, pixels: int, *tensors: Tensor | None) -> tuple[bool, list[int]]:
-    """(image, channel, pixel) strides of each tensor; whether in each one stride steps through all elements of an image."""
+    """Whether one stride steps through all elements of an image in each tensor, and (image, channel, pixel) strides."""
     strides = [image_strides(tensor) for tensor in tensors]
     if pixels == 1:
         strides = [(image, channel, channel) for image, channel, _ in strides]

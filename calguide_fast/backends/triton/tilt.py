@@ -15,7 +15,7 @@ LANES = tl.constexpr(128)
 
 @triton.jit
 def softmax_sums(scores, stride, batch, tilt):
-    """Largest exponent tilt * score, and the sum of their exponentials relative to it; NaN where there is no softmax."""
+    """The largest exponent tilt * score, and the sum of exponentials relative to it: NaN where there is no softmax."""
     lane = tl.arange(0, LANES)
     largest = tl.full([LANES], float("-inf"), tl.float64)
     for start in range(0, batch, LANES):
