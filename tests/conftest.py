@@ -41,15 +41,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device is present"))
     for item in items:
-        # runs of many steps in Triton's interpreter take minutes, and add nothing to the ops' own tests
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if "sampler" in item.path.parts and parameters.get("backend") == "triton":
+        if _is_slow_when_interpreted(item):
             item.add_marker(pytest.mark.full)
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if not item.get_closest_marker("full")]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
+
+
+def _is_slow_when_interpreted(item: pytest.Item) -> bool:
+    """Whether a test of Triton's interpreter takes long for what it adds: whole samples, and the middles of ranges."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton":
+        return False
+    return "sampler" in item.path.parts or 40.0 in parameters.values() or parameters.get("num_classes") == 1000
 
 
 @pytest.fixture(autouse=True)
