@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from emulation.backend import serve_cpu_tensors
 
 from calguide_fast import backends, use_backend
+
+# without a GPU, Triton's kernels run in its interpreter; it must be on before anything imports Triton
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # torch.empty gives NaN, so that a kernel that leaves a value unwritten is seen
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -34,11 +41,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device is present"))
+    for item in items:
+        if _is_slow_when_interpreted(item):
+            item.add_marker(pytest.mark.full)
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if not item.get_closest_marker("full")]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
+
+
+def _is_slow_when_interpreted(item: pytest.Item) -> bool:
+    """Whether a test of Triton's interpreter takes long for what it adds: whole samples, and the middles of ranges."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton":
+        return False
+    return "sampler" in item.path.parts or 40.0 in parameters.values() or parameters.get("num_classes") == 1000
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +71,40 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=[*CPU_BACKENDS, "cuda"])
+@pytest.fixture(params=[*CPU_BACKENDS, "cuda", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend that serves CPU tensors, and CUDA's by emulation. One that was not built is an error."""
+    """Every backend on CPU tensors, CUDA's by emulation, Triton's by interpretation. One not built is an error."""
     if request.param == "cuda":
         serve_cpu_tensors(monkeypatch)
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton backend in its interpreter, serving CPU tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is present: Triton compiles for it, and serves no CPU tensors")
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed (it is a part of the dev extra on Linux)")
+    from triton.runtime import interpreter
+
+    from calguide_fast.backends.triton import launch
+
+    monkeypatch.setitem(backends._SPECS, "triton", backends._SPECS["triton"]._replace(devices=frozenset({"cpu"})))
+    # programs run one after the other: fewer and larger ones are much quicker
+    monkeypatch.setattr(launch, "LEAST_ROWS", 16)
+    monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
+
+
+def _rounding(convert: Callable) -> Callable:
+    """The interpreter's conversion of floats, but to the nearest bfloat16 as on a GPU: its own cuts off."""
+
+    def convert_float(values, source, target, *rest):
+        if (source.name, target.name) == ("fp32", "bf16"):
+            return torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+        return convert(values, source, target, *rest)
+
+    return convert_float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -71,7 +72,9 @@ def test_ops_use_the_chosen_backend(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="name='gpu' is not a backend; choose one of 'cpu'.*'reference'"):
+    with pytest.raises(
+        ValueError, match="name='gpu' is not a backend; choose one of 'cpu', 'cuda', 'triton', 'reference'"
+    ):
         use_backend("gpu")
     assert chosen() == "cpu"
 
@@ -133,10 +136,68 @@ def test_a_backend_that_fails_to_load_is_told_and_replaced(broken_cpu, capsys):
     assert "libgomp.so.1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_doctor(capsys, monkeypatch, has_gpu):
-    """A device for which there is no kernel to load is not a fault."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+@pytest.fixture
+def loadable(monkeypatch):
+    """Call with the names that can be loaded on a machine with a GPU; the modules are stand-ins."""
+
+    def set_loadable(*names: str) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        modules = {name: ModuleType(f"calguide_fast.backends.{name}") for name in names}
+        failures = {name: f"no {name} here" for name in backends._SPECS if name not in names}
+        monkeypatch.setattr(backends, "_loaded", modules)
+        monkeypatch.setattr(backends, "_failures", failures)
+        monkeypatch.setattr(backends, "_defaults", {})
+
+    return set_loadable
+
+
+@pytest.mark.parametrize(
+    ("names", "choice"),
+    [
+        (("cpu", "cuda", "triton", "reference"), "cuda"),
+        (("cpu", "triton", "reference"), "triton"),
+        (("cpu", "cuda", "reference"), "cuda"),
+    ],
+)
+def test_kernels_for_a_gpu_are_taken_in_order(names, choice, loadable, recwarn):
+    loadable(*names)
+    assert backends._default(torch.float32, "cuda").__name__.endswith(choice)
+    assert backends._default(torch.int64, "cuda").__name__.endswith(choice)
+    assert backends._default(torch.float64, "cuda").__name__.endswith("reference")
+    assert not recwarn.list, "there is nothing to warn of where kernels are chosen"
+    by_name = {status.name: status for status in backend_report()}
+    assert by_name[choice].default_on == ("cuda",) and by_name["cpu"].default_on == ("cpu",)
+    # one that is not there is no loss where another serves
+    assert not any(status.missing for status in by_name.values())
+    for name in set(backends._SPECS) - set(names):
+        assert not by_name[name].loaded and by_name[name].detail == f"no {name} here"
+
+
+def test_a_gpu_without_kernels_is_told_with_every_reason(loadable):
+    loadable("cpu", "reference")
+    with pytest.warns(
+        RuntimeWarning, match="'cuda'.*no cuda here.*'triton'.*no triton here.*slow 'reference'"
+    ) as warned:
+        assert backends._default(torch.float32, "cuda").__name__.endswith("reference")
+    assert len(warned) == 1
+    assert [status.name for status in backend_report() if status.missing] == ["cuda", "triton"]
+    assert main(["doctor"]) == 1
+
+
+def test_a_reason_is_one_line(monkeypatch):
+    monkeypatch.setattr(backends, "_failures", {})
+
+    def import_module(name):
+        raise ImportError("first\n  second")
+
+    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+    assert backends._load("a backend") is None and backends._failures == {"a backend": "first second"}
+
+
+def test_doctor(capsys):
+    """A backend for a device that this machine has not got is not a fault."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is present: what is said of it is tested with stand-ins")
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.strip() == str(backend_report())
 

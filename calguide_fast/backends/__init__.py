@@ -28,9 +28,12 @@ class _Spec(NamedTuple):
 # int64: the seeds of sampling_noise
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
 
-# in order of preference; later kernels join here
+# In order of preference. PyTorch for ROCm calls its devices "cuda", too: there the cuda module has no driver to load
+# with, and triton serves.
 _SPECS = {
     "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"})),
+    "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
+    "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
     "reference": _Spec(None, None, frozenset()),
 }
 
@@ -55,18 +58,12 @@ def choose(tensor: Tensor) -> ModuleType:
 
 
 def _default(dtype: torch.dtype, device: str) -> ModuleType:
-    for name, spec in _SPECS.items():
-        if device in spec.preferred_on and _serves(spec, dtype, device):
-            backend = _load(name)
-            if backend is not None:
-                break
-            warnings.warn(
-                f"calguide_fast: the {name!r} backend is not available ({_failures[name]}); "
-                "using the slow 'reference' backend",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    else:
+    preferred = [name for name, spec in _SPECS.items() if device in spec.preferred_on and _serves(spec, dtype, device)]
+    backend = next((loaded for name in preferred if (loaded := _load(name)) is not None), None)
+    if backend is None:
+        if preferred:
+            reasons = "; ".join(f"the {name!r} backend is not available ({_failures[name]})" for name in preferred)
+            warnings.warn(f"calguide_fast: {reasons}; using the slow 'reference' backend", RuntimeWarning, stacklevel=3)
         backend = _require("reference")
     _defaults[dtype, device] = backend
     return backend
@@ -92,7 +89,8 @@ def _load(name: str) -> ModuleType | None:
         try:
             _loaded[name] = importlib.import_module(f"calguide_fast.backends.{name}")
         except ImportError as error:
-            _failures[name] = str(error)
+            # in one line, as the report and warnings have it
+            _failures[name] = " ".join(str(error).split())
     return _loaded.get(name)
 
 
@@ -113,7 +111,8 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
     """Compute with the named backend, until the ``with`` block ends or for good when called as a plain function.
 
     Args:
-        name: ``"cpu"``, ``"reference"``, or None for the choice by device.
+        name: ``"cpu"`` (C++ kernels), ``"cuda"`` (CUDA C++ kernels), ``"triton"`` (Triton kernels, for CUDA and ROCm
+            devices), ``"reference"`` (plain PyTorch, any device), or None for the choice by device.
 
     Raises:
         ValueError: no backend has this name.
@@ -143,7 +142,7 @@ class BackendStatus(NamedTuple):
         loaded: whether it can compute.
         default_on: the devices of this machine that it is the choice on.
         detail: what it is (language, instruction set), or why it could not be loaded.
-        missing: whether it is the kernel for a device of this machine, and could not be loaded.
+        missing: whether it could not be loaded and leaves a device of this machine without any kernels.
     """
 
     name: str
@@ -171,10 +170,10 @@ class BackendReport(tuple[BackendStatus, ...]):
 
 def backend_report() -> BackendReport:
     """Load every backend and say which are there, which is chosen where, and why any could not be loaded."""
-    statuses = []
     devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     # what no kernel takes falls to the reference, which comes last
     open_devices = set(devices)
+    found = []
     for name, spec in _SPECS.items():
         backend = _load(name)
         default_on: tuple[str, ...] = ()
@@ -182,9 +181,12 @@ def backend_report() -> BackendReport:
             default_on = tuple(sorted(open_devices if name == "reference" else open_devices & spec.preferred_on))
             open_devices -= set(default_on)
         detail = _failures[name] if backend is None else getattr(backend, "describe", lambda: "plain PyTorch")()
-        missing = backend is None and not devices.isdisjoint(spec.preferred_on)
-        statuses.append(BackendStatus(name, backend is not None, default_on, detail, missing))
-    return BackendReport(statuses)
+        found.append((name, backend is not None, default_on, detail))
+    bare = next(default_on for name, _, default_on, _ in found if name == "reference")
+    return BackendReport(
+        BackendStatus(*status, missing=not status[1] and not _SPECS[status[0]].preferred_on.isdisjoint(bare))
+        for status in found
+    )
 
 
 if os.environ.get("CALGUIDE_BACKEND"):

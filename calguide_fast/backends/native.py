@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calguide_fast.backends.labels import check_labels
+from calguide_fast.backends.layout import image_strides, steppable
 
 # codes of csrc/storage.h
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -101,7 +102,7 @@ class NativeKernels:
         batch, channels = shape[0], shape[1]
         target, strides = out, None
         if not (x_t.is_contiguous() and model_output.is_contiguous() and out.is_contiguous()):
-            x_t, model_output, target = _steppable(x_t), _steppable(model_output), _steppable(out)
+            x_t, model_output, target = steppable(x_t), steppable(model_output), steppable(out)
             strides = _strides(x_t, model_output, target)
         self.native.predict_x0(
             self.place(x_t), batch, channels, elements // (batch * channels), strides,
@@ -145,9 +146,9 @@ class NativeKernels:
             and (gradient is None or gradient.is_contiguous())
             and (noise is None or noise.is_contiguous())
         ):
-            x_t, model_output = _steppable(x_t), _steppable(model_output)
-            gradient = None if gradient is None else _steppable(gradient)
-            noise = None if noise is None else _steppable(noise)
+            x_t, model_output = steppable(x_t), steppable(model_output)
+            gradient = None if gradient is None else steppable(gradient)
+            noise = None if noise is None else steppable(noise)
             strides = _strides(x_t, model_output, gradient, noise)
         # the vectors over images are read densely; a running maximum with gaps is written back
         weights = None if weights is None else weights.contiguous()
@@ -178,27 +179,6 @@ class NativeKernels:
         return out
 
 
-def _steppable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where no one stride steps through its pixels."""
-    return tensor.contiguous() if _pixel_stride(tensor) is None else tensor
-
-
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """(image, channel, pixel) strides of each tensor, one after the other; zeros for an absent one."""
-    strides: list[int] = []
-    for tensor in tensors:
-        strides += (0, 0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1), _pixel_stride(tensor) or 0)
-    return tuple(strides)
-
-
-def _pixel_stride(tensor: Tensor) -> int | None:
-    pixel = following = None
-    for size, stride in zip(tensor.shape[:1:-1], tensor.stride()[:1:-1], strict=True):
-        if size == 1:
-            continue
-        if pixel is None:
-            pixel = stride
-        elif stride != following:
-            return None
-        following = size * stride
-    return 1 if pixel is None else pixel
+    """(image, channel, pixel) strides of each tensor, one after the other."""
+    return tuple(stride for tensor in tensors for stride in image_strides(tensor))

@@ -298,7 +298,7 @@ def test_strided_labels_and_other_integer_types(backend):
 @pytest.mark.parametrize("label", [-1, 10, -(2**40), 2**40])
 def test_a_label_out_of_range_names_row_value_and_range(label, backend):
     out = torch.full((4, 10), 7.0)
-    if backend == "cuda":
+    if backend in ("cuda", "triton"):
         # a look at the labels would wait for the device: their rows are spoilt instead
         grad, *scalars = guidance_gradient(torch.randn(4, 10), torch.tensor([1, 2, label, 99]), out=out)
         assert all(
