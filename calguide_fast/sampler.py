@@ -76,7 +76,7 @@ class FDivSampler:
         classifier_transform: differentiable, applied to x̂₀ before the classifier (normalise, resize).
         model_kwargs: further keywords for the model and the ``cond_fn``.
         diagnostics: record gradient norms and the classifier's confidence at every step.
-        device: where to sample; the model's own if not given.
+        device: where to sample; the model's own if not given, or torch's default device for a plain callable.
         cuda_graph: record a whole step (model, classifier, its gradient, guidance) as one CUDA graph and replay it.
             The first three steps of each kind and batch size run as usual; recordings are kept from one run to the
             next, for as long as the settings, the networks and their parameters' places in memory stay. What the
@@ -371,7 +371,7 @@ class FDivSampler:
             if labels < 0:
                 raise ValueError(f"labels={labels} must not be negative, as a number of images")
             return int(labels)
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device="cpu")
         if labels.ndim != 1 or (labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool)):
             raise ValueError(f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         # a copy: one made in inference mode could not take part in a classifier's backward pass
@@ -497,7 +497,7 @@ def _floating_parameters(module: Any) -> list[Tensor]:
 
 
 def _device_of(module: Any) -> torch.device:
-    return next((p.device for p in _floating_parameters(module)), torch.device("cpu"))
+    return next((p.device for p in _floating_parameters(module)), torch.get_default_device())
 
 
 def _dtype_of(module: Any) -> torch.dtype:

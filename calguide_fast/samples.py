@@ -52,7 +52,8 @@ class Diagnostics:
     @classmethod
     def empty(cls, timeline: Timeline, count: int, device: torch.device) -> Diagnostics:
         values = torch.full((len(timeline), 4, count), math.nan, dtype=torch.float32, device=device)
-        return cls(torch.tensor(timeline.timesteps[::-1].copy()), torch.tensor(timeline.sigmas[::-1].copy()), values)
+        timesteps, sigmas = (torch.from_numpy(table[::-1].copy()) for table in (timeline.timesteps, timeline.sigmas))
+        return cls(timesteps, sigmas, values)
 
     @staticmethod
     def of_step(found: ImageGradient, tilt_weight: Tensor | None) -> Tensor:
