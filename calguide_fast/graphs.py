@@ -136,7 +136,9 @@ class Graphs:
         cause = error.__context__ if isinstance(error.__context__, Exception) else error
         self._broken = True
         self._recordings.clear()
-        self._tell(f"a step cannot be recorded: {type(cause).__name__}: {cause}")
+        # CUDA's advice on debugging follows in further lines
+        message = str(cause).partition("\n")[0]
+        self._tell(f"a step cannot be recorded: {type(cause).__name__}: {message}")
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 # one thread: with more, small tensors on a busy machine wait for each other; tests of threads ask for two
 torch.set_num_threads(1)
+# nor does a GPU round convolutions to 10 bits where float32 is tested
+torch.backends.cudnn.allow_tf32 = False
 
 CPU_BACKENDS = [name for name, spec in backends._SPECS.items() if spec.devices is None or "cpu" in spec.devices]
+# where there is a GPU, the tests of all backends run on its tensors, too
+GPU_BACKENDS = [pytest.param(f"gpu:{name}", marks=pytest.mark.gpu) for name in ("cuda", "triton")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,8 +57,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=CPU_BACKENDS)
+@pytest.fixture(params=[*CPU_BACKENDS, *(GPU_BACKENDS if torch.cuda.is_available() else [])])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that serves CPU tensors. One that was not built is an error: the package builds it."""
-    with use_backend(request.param):
-        yield request.param
+    """Each backend that serves CPU tensors, and those of a GPU if there is one, which is the default device then.
+
+    One that was not built is an error: the package builds it.
+    """
+    name = request.param.removeprefix("gpu:")
+    device = nullcontext() if name == request.param else torch.device("cuda")
+    with device, use_backend(name):
+        yield name
