@@ -47,7 +47,7 @@ class Tape(TorchDispatchMode):
             if len(aliases) == 1:
                 results, again = [results], [again]
             for alias, old, new in zip(aliases, results, again):
-                if alias is None and old is not None:
+                if alias is None and isinstance(old, torch.Tensor):
                     old.detach().copy_(new)
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import ToyUNet, classifier, unet
 
 from calguide_fast import FDivSampler, Guidance, graphs
+from calguide_fast.demo.checkpoints import load_guide, load_unet
 
 LABELS, SEEDS = torch.tensor([0, 3, 4, 1, 2, 2, 0]), range(7)
 STEPS = 9
@@ -123,6 +124,17 @@ def test_replayed_steps_are_eager_steps(case, recorders):
     # batches of 3 and of 1
     assert len(recorder.recorded) == 2 * kinds and recorder.warm_ups == 2 * kinds * graphs.WARM_UP
     assert recorder.replays == 2 * 3 * STEPS - recorder.warm_ups
+
+
+def test_replayed_steps_of_real_networks(recorders):
+    """Attention, normalisation, resampling: the demo's UNet and classifier."""
+    settings = {"divergence": "reverse_kl", "alpha": 3.0, "sine_boost": 0.3, "cfg_scale": 1.5, "null_class": 10}
+    eager, replayed = (
+        FDivSampler(load_unet(), load_guide(softplus_beta=3.0), **settings, **options)
+        for options in ({}, {"cuda_graph": True})
+    )
+    assert_same_bits(run(replayed, LABELS[:3], range(3), 6), run(eager, LABELS[:3], range(3), 6))
+    assert recorders[0].replays == 3
 
 
 def test_other_labels_seeds_steps_and_methods_find_their_recordings(recorders):
