@@ -77,13 +77,15 @@ class Graphs:
                 self._in_use.release()
 
     def _renew(self, device: torch.device, settings: Iterable[Any]) -> None:
+        if self._recorder is not None:
+            # first, as what is thrown away may still be at work
+            self._recorder.follow()
         fixed = _Fixed.now(device, settings)
         if self._fixed is None or not fixed.is_same(self._fixed):
             self._clear()
             self._fixed = fixed
         if self._recorder is None:
             self._recorder = CudaRecorder(device)
-        self._recorder.follow()
 
     def hold(self, values: Buffers) -> Buffers:
         """The same values in buffers that stay: one set of them for each combination of types and shapes."""
@@ -229,12 +231,10 @@ class CudaRecorder:
         return graph.replay, results
 
     def _end_allocation(self) -> None:
-        # before 2.12, PyTorch's allocator believes that a recording which broke off still goes on
-        if torch.__version__ < "2.12":
-            for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):
-                end = getattr(torch._C, name, None)
-                if end is not None:
-                    # it says so if the recording was brought to an end after all
-                    with suppress(RuntimeError):
-                        end(self._capture.device_index, self._pool)
-                    return
+        # some versions of PyTorch go on allocating from the pool of a recording that broke off; others object to this
+        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):
+            end = getattr(torch._C, name, None)
+            if end is not None:
+                with suppress(RuntimeError):
+                    end(self._capture.device_index, self._pool)
+                return

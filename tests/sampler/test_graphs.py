@@ -6,6 +6,8 @@ import copy
 import gc
 import warnings
 import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +269,79 @@ def test_where_there_is_no_graph(distributed, monkeypatch):
 
 def test_a_cuda_device_is_no_obstacle():
     assert graphs.obstacle(torch.device("cuda", 1)) is None
+
+
+class Stream:
+    """In place of ``torch.cuda.Stream``: its name, and for whom it waited."""
+
+    device_index = 0
+
+    def __init__(self, name):
+        self.name, self.waited = str(name), []
+
+    def wait_stream(self, other):
+        self.waited.append(other.name)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The stack of current streams, as torch.cuda keeps it; and what was asked of graphs and of the allocator."""
+    stack, asked = [Stream("current")], []
+
+    class Recording:
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            self.stream = stream
+            asked.append((pool, capture_error_mode))
+
+        def __enter__(self):
+            stack.append(self.stream)
+
+        def __exit__(self, *error):
+            if error[0] is not None:
+                # and the stream stays, as with PyTorch
+                raise RuntimeError("operation failed due to a previous error during capture")
+            stack.pop()
+
+    @contextmanager
+    def stream(entered):
+        before = list(stack)
+        stack.append(entered)
+        try:
+            yield
+        finally:
+            stack[:] = before
+
+    count = iter(range(9))
+    fakes = {"Stream": lambda device: Stream(next(count)), "stream": stream, "graph": Recording}
+    fakes |= {"CUDAGraph": lambda: SimpleNamespace(replay=None), "graph_pool_handle": lambda: "pool"}
+    fakes["current_stream"] = lambda device: stack[-1]
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *ended: asked.append(ended), raising=False)
+    return stack, asked
+
+
+def test_streams_are_taken_in_turn_and_given_back(streams):
+    stack, asked = streams
+    recorder = graphs.CudaRecorder(torch.device("cuda", 0))
+    aside, recorded = [], []
+    recorder.aside(lambda: aside.append(stack[-1]))
+    assert aside[0].waited == ["current"] and stack[0].waited == [aside[0].name]
+    recorder.record(lambda: recorded.append((stack[-1], torch.is_autocast_cache_enabled())))
+    assert recorded[0][0] not in (aside[0], stack[0]) and recorded[0][1] is False
+    assert len(stack) == 1 and asked == [("pool", "thread_local")] and torch.is_autocast_cache_enabled()
+
+    def breaks_off():
+        raise ValueError("not permitted")
+
+    with pytest.raises(RuntimeError, match="previous error") as raised:
+        recorder.record(breaks_off)
+    assert "not permitted" in str(raised.value.__context__)
+    assert len(stack) == 1 and asked[-1] == (0, "pool") and torch.is_autocast_cache_enabled()
+    stack[0] = other = Stream("other")
+    recorder.follow()
+    recorder.follow()
+    assert other.waited == ["current"], "once, for the stream that used the buffers last"
 
 
 def test_recordings_end_with_their_sampler(recorders):
