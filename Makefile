@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo train-demo test test-full bench bench-smoke lint clean
+.PHONY: setup demo train-demo test test-full bench bench-smoke gpu-check lint clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ bench: setup
 
 bench-smoke: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
+
+# with the PyTorch of $(PYTHON), which is the GPU's; PARTS=build,tests picks parts
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT))
 
 lint: setup
 	$(BIN)/ruff check .

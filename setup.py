@@ -158,7 +158,7 @@ def cuda_arch_flags(compiler: str) -> list[str]:
 
 
 def cuda_module() -> NativeModule | None:
-    """`calguide_fast._cuda`: all of csrc/cuda by nvcc, with CUDA's runtime inside; None where CUDA is not to be built."""
+    """`calguide_fast._cuda`: csrc/cuda by nvcc, with CUDA's runtime inside; None where CUDA is not to be built."""
     force = bool(os.environ.get("CALGUIDE_FORCE_CUDA"))
     if os.environ.get("CALGUIDE_NO_CUDA"):
         if force:

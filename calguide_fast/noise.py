@@ -24,7 +24,7 @@ def as_seeds(seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
         TypeError: not integers.
     """
     if seeds is None:
-        return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64)
+        return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device="cpu")
     if isinstance(seeds, Tensor):
         if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
             raise TypeError(f"seeds has dtype {seeds.dtype}; it must be an integer type")
@@ -42,7 +42,8 @@ def as_seeds(seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
     for seed in numbers:
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed {seed} does not fit 64 bits")
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in numbers], dtype=torch.int64)
+    patterns = [seed - 2**64 if seed >= 2**63 else seed for seed in numbers]
+    return torch.tensor(patterns, dtype=torch.int64, device="cpu")
 
 
 def _integer(seed: Any) -> int:

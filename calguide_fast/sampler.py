@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance, ImageGradient
+from calguide_fast.networks import frozen, prepared
 from calguide_fast.noise import as_seeds, draw_labels
 from calguide_fast.ops.checks import check_labels, number
+from calguide_fast.ops.coefficients import Coefficient
 from calguide_fast.ops.guidance import GuidanceStats
 from calguide_fast.ops.noise import sampling_noise
 from calguide_fast.ops.step import METHODS, guided_step, predict_x0
@@ -34,7 +38,7 @@ class Step(NamedTuple):
     sigma: float  # noise level before the step
     images: slice  # which images of the run these are
     x_t: Tensor  # (B, C, *spatial) after the step; a buffer that is written again, so clone it to keep it
-    x0: Tensor | None  # the prediction that was classified, if any
+    x0: Tensor | None  # the prediction that was classified, if any; with cuda_graph a buffer, too
 
 
 class _Missing:
@@ -42,6 +46,8 @@ class _Missing:
 
 
 _DEFAULT = _Missing()
+# for the numbers that every step takes, guided or not
+_UNGUIDED = Guidance("none")
 
 
 class FDivSampler:
@@ -70,7 +76,17 @@ class FDivSampler:
         classifier_transform: differentiable, applied to x̂₀ before the classifier (normalise, resize).
         model_kwargs: further keywords for the model and the ``cond_fn``.
         diagnostics: record gradient norms and the classifier's confidence at every step.
-        device: where to sample; the model's own if not given.
+        device: where to sample; the model's own if not given, or torch's default device for a plain callable.
+        cuda_graph: record a whole step (model, classifier, its gradient, guidance) as one CUDA graph and replay it.
+            The first three steps of each kind and batch size run as usual; recordings are kept from one run to the
+            next, for as long as the settings, the networks and their parameters' places in memory stay. What the
+            networks and a ``cond_fn`` decide in Python is decided once: change anything there but the values of
+            tensors, and make a new sampler. Where no graph can be recorded (no CUDA device, torch.distributed in use,
+            a network that waits for the device) a RuntimeWarning says why, and sampling goes on without.
+        compile: wrap the model and the classifier in ``torch.compile``.
+        dtype: float16, bfloat16 or float32: run copies of the model and the classifier, converted; through their own
+            ``convert_dtype`` where they have one. The images stay float32.
+        channels_last: run copies of the model and the classifier in that memory format.
 
     Raises:
         TypeError, ValueError: at construction, for settings that are wrong or contradict each other.
@@ -99,10 +115,16 @@ class FDivSampler:
         model_kwargs: Mapping[str, Any] | None = None,
         diagnostics: bool = True,
         device: torch.device | str | None = None,
+        cuda_graph: bool = False,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
         **guidance_settings: Any,
     ) -> None:
         self.guidance = _resolve_guidance(guidance, guidance_settings, classifier is not None or cond_fn is not None)
-        self.model = model
+        self.model = model = prepared("model", model, dtype, channels_last, compile)
+        if classifier is not None:
+            classifier = prepared("classifier", classifier, dtype, channels_last, compile)
         self.classifier = classifier
         self.cond_fn = cond_fn
         self.schedule = Schedule.of(schedule)
@@ -122,6 +144,7 @@ class FDivSampler:
         self._model_dtype = _dtype_of(model)
         self._classifier_dtype = _dtype_of(classifier)
         self._classifier_layout = _layout_of(classifier)
+        self._graphs = Graphs() if cuda_graph else None
         self._check()
 
     def _check(self) -> None:
@@ -197,18 +220,29 @@ class FDivSampler:
         images = torch.empty((count, *self.shape), dtype=torch.float32, device=self.device)
         record = Diagnostics.empty(timeline, count, self.device) if self.diagnostics else None
         coefficients = timeline.coefficients(self.variance, self.eta).to(self.device)
+        device_labels, device_seeds = labels.to(self.device), seeds.to(self.device)
         starts = range(0, count, batch_size)
-        with tqdm(total=len(starts) * len(timeline), disable=not progress, unit="step") as bar:
+        with (
+            tqdm(total=len(starts) * len(timeline), disable=not progress, unit="step") as bar,
+            self._borrowed_graphs() as graphs,
+            frozen(None if graphs is None else self.classifier),
+        ):
             for start in starts:
                 batch = slice(start, min(start + batch_size, count))
-                run = _Batch(batch, labels[batch].to(self.device), seeds[batch].to(self.device))
+                run = _Batch(batch, device_labels[batch], device_seeds[batch])
                 draws = self._draws(noise, run)
-                for step in self._reverse(run, draws, timeline, coefficients, method, record):
+                for step in self._reverse(run, draws, timeline, coefficients, method, record, graphs):
                     bar.update()
                     if callback is not None:
                         callback(step)
                 images[batch] = step.x_t
         return Samples(images, labels, seeds, batch_size, record)
+
+    def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
+        if self._graphs is None:
+            return nullcontext()
+        settings = [value for name, value in vars(self).items() if name != "_graphs"]
+        return self._graphs.borrowed(self.device, [*settings, *self.model_kwargs.values()])
 
     def _reverse(
         self,
@@ -218,54 +252,69 @@ class FDivSampler:
         coefficients: Tensor,
         method: str,
         record: Diagnostics | None,
+        graphs: Graphs | None,
     ) -> Iterator[Step]:
         """The loop: from x_T to x_0, one batch."""
-        guidance = self.guidance
         x_t = next(draws)
         if x_t is None:
             x_t = sampling_noise(run.seeds, self.shape, draw=0)
         x_t = x_t.to(self.device, torch.float32, copy=True)
-        spare = torch.empty_like(x_t)
-        # the numbers that every step takes, guided or not
-        numbers = guidance if guidance is not None else Guidance("none")
-        variance_max = x_t.new_zeros(len(x_t)) if numbers.sine_boost else None
+        boosted = self.guidance is not None and self.guidance.sine_boost
+        state = _State(x_t, run.labels, run.seeds, x_t.new_zeros(len(x_t)) if boosted else None)
+        if graphs is not None:
+            state = graphs.hold(state)
         random = method == "ddpm" or self.eta > 0
+        times = coefficients[:, Coefficient.TIMESTEP].long()[:, None].repeat(1, len(x_t))
 
         for index, k in enumerate(reversed(range(len(timeline)))):
             timestep, sigma = int(timeline.timesteps[k]), float(timeline.sigmas[k])
-            t = torch.full((len(x_t),), timestep, device=self.device)
-            model_output = _at_most_float32(self._predict(x_t, t, run.labels))
-
-            x0 = found = scores = None
-            if guidance is not None and guidance.guides_at(sigma):
-                if self.classifier is not None and self.classifier_input == "x0":
-                    x0 = self._predict_x0(x_t, model_output, coefficients[k])
-                found = self._image_gradient(guidance, x_t if x0 is None else x0, t, run.labels)
-                scores = guidance.tilted(found.stats) if found.stats is not None else None
-
             draw = next(draws)
-            guided_step(
-                x_t,
-                model_output,
-                coefficients[k],
-                found.gradient if found is not None else None,
-                method=method,
-                scale=numbers.scale,
-                scores=scores,
-                tilt=numbers.tilt,
-                max_weight=numbers.tilt_max,
-                noise=draw if random else None,
-                seeds=run.seeds if random and draw is None else None,
-                variance_max=variance_max,
-                sine_boost=numbers.sine_boost,
-                clip=self.clip_denoised,
-                out=spare,
-            )
-            x_t, spare = spare, x_t
-            if record is not None and found is not None:
-                weights = None if scores is None else tilt_weights(scores, numbers.tilt, max_weight=numbers.tilt_max)
-                record.write(index, run.images, found, weights)
-            yield Step(index, len(timeline), timestep, sigma, run.images, x_t, x0)
+            guided = self.guidance is not None and self.guidance.guides_at(sigma)
+            kind = _Kind(method, guided, seeded=random and draw is None)
+            inputs = _Inputs(times[k], coefficients[k], draw if random else None)
+            if graphs is None:
+                found = self._step(kind, state, inputs)
+            else:
+                found = graphs.run(self._step, kind, state, inputs)
+            if record is not None and found.diagnostics is not None:
+                record.values[index, :, run.images] = found.diagnostics
+            yield Step(index, len(timeline), timestep, sigma, run.images, state.x_t, found.x0)
+
+    def _step(self, kind: _Kind, state: _State, inputs: _Inputs) -> _Found:
+        """One step of the loop: x_t becomes x_{t−1} in place."""
+        x_t, labels, seeds, variance_max = state
+        t, coefficients, noise = inputs
+        guidance = self.guidance if self.guidance is not None else _UNGUIDED
+        model_output = _apart(_at_most_float32(self._predict(x_t, t, labels)), x_t)
+
+        x0 = found = scores = None
+        if kind.guided:
+            if self.classifier is not None and self.classifier_input == "x0":
+                x0 = self._predict_x0(x_t, model_output, coefficients)
+            found = self._image_gradient(guidance, x_t if x0 is None else x0, t, labels)
+            scores = guidance.tilted(found.stats) if found.stats is not None else None
+
+        guided_step(
+            x_t,
+            model_output,
+            coefficients,
+            _apart(found.gradient, x_t) if found is not None else None,
+            method=kind.method,
+            scale=guidance.scale,
+            scores=scores,
+            tilt=guidance.tilt,
+            max_weight=guidance.tilt_max,
+            noise=noise,
+            seeds=seeds if kind.seeded else None,
+            variance_max=variance_max,
+            sine_boost=guidance.sine_boost,
+            clip=self.clip_denoised,
+            out=x_t,
+        )
+        if found is None or not self.diagnostics:
+            return _Found(x0, None)
+        weights = None if scores is None else tilt_weights(scores, guidance.tilt, max_weight=guidance.tilt_max)
+        return _Found(x0, Diagnostics.of_step(found, weights))
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         x_t = x_t.to(self._model_dtype)
@@ -307,14 +356,14 @@ class FDivSampler:
         if noise is None:
             return itertools.repeat(None)
         if isinstance(noise, Tensor):
-            return (draw[run.images].to(self.device, torch.float32) for draw in noise)
+            return (_uploaded(draw[run.images], self.device) for draw in noise)
         return (self._checked(noise(), run) for _ in itertools.count())
 
     def _checked(self, draw: Tensor, run: _Batch) -> Tensor:
         expected = (len(run.labels), *self.shape)
         if not isinstance(draw, Tensor) or tuple(draw.shape) != expected:
             raise ValueError(f"noise() must return a tensor of shape {expected}, got {getattr(draw, 'shape', draw)!r}")
-        return draw.to(self.device, torch.float32)
+        return _uploaded(draw, self.device)
 
     def _wanted(self, labels: int | Sequence[int] | Tensor) -> int | Tensor:
         """How many images to draw labels for, or the labels: (N,) int64 on the CPU."""
@@ -322,7 +371,7 @@ class FDivSampler:
             if labels < 0:
                 raise ValueError(f"labels={labels} must not be negative, as a number of images")
             return int(labels)
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device="cpu")
         if labels.ndim != 1 or (labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool)):
             raise ValueError(f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         # a copy: one made in inference mode could not take part in a classifier's backward pass
@@ -343,6 +392,38 @@ class _Batch(NamedTuple):
     seeds: Tensor  # (B,) int64 on the sampler's device
 
 
+class _Kind(NamedTuple):
+    """In what, other than the values of tensors, one step differs from another of the same sampler."""
+
+    method: str
+    guided: bool
+    seeded: bool  # whether its noise is drawn from the seeds
+
+
+class _State(NamedTuple):
+    """What lasts while a batch is sampled; steps write to x_t and variance_max."""
+
+    x_t: Tensor  # (B, C, *spatial) float32
+    labels: Tensor  # (B,) int64
+    seeds: Tensor  # (B,) int64
+    variance_max: Tensor | None  # (B,) float32, with a sine boost
+
+
+class _Inputs(NamedTuple):
+    """What is new at each step."""
+
+    t: Tensor  # (B,) int64
+    coefficients: Tensor  # (16,) float32
+    noise: Tensor | None  # (B, C, *spatial) float32, where it is given
+
+
+class _Found(NamedTuple):
+    """What a step leaves beside x_t."""
+
+    x0: Tensor | None  # (B, C, *spatial)
+    diagnostics: Tensor | None  # (4, B) float32
+
+
 def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, Any], guided: bool) -> Guidance | None:
     unknown = sorted(set(settings) - SETTINGS)
     if unknown:
@@ -359,6 +440,20 @@ def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, 
 def _at_most_float32(tensor: Tensor) -> Tensor:
     """What a float64 network gives, in the precision of x_t."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _apart(tensor: Tensor, x_t: Tensor) -> Tensor:
+    """The tensor, copied if it lies in x_t's memory, as where a network gives back a view of its input."""
+    return tensor.clone() if 0 <= tensor.data_ptr() - x_t.data_ptr() < x_t.nbytes else tensor
+
+
+def _uploaded(draw: Tensor, device: torch.device) -> Tensor:
+    """The draw on the device as float32; the host does not wait for its copy."""
+    draw = draw.to(torch.float32)
+    if device.type == "cuda" and draw.device.type == "cpu":
+        # a fresh page-locked buffer: the caller may write to the draw again before the copy is made
+        return torch.empty_like(draw, pin_memory=True).copy_(draw).to(device, non_blocking=True)
+    return draw.to(device)
 
 
 def _read(value: Any, module: Any, name: str, default: Any) -> Any:
@@ -402,7 +497,7 @@ def _floating_parameters(module: Any) -> list[Tensor]:
 
 
 def _device_of(module: Any) -> torch.device:
-    return next((p.device for p in _floating_parameters(module)), torch.device("cpu"))
+    return next((p.device for p in _floating_parameters(module)), torch.get_default_device())
 
 
 def _dtype_of(module: Any) -> torch.dtype:

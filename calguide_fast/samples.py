@@ -22,6 +22,7 @@ class Diagnostics:
     Attributes:
         timesteps: (K,) int64, the original timesteps, falling.
         sigmas: (K,) noise levels before each step.
+        values: (K, 4, N), the four tables below in one, so that a step is written at once.
         gradient_norm: (K, N) L2 norm of the image gradient, before scale and tilt.
         entropy: (K, N) of the classifier's softmax at temperature 1, nats.
         label_log_prob: (K, N) log softmax(f)_y at temperature 1.
@@ -30,24 +31,41 @@ class Diagnostics:
 
     timesteps: Tensor
     sigmas: Tensor
-    gradient_norm: Tensor
-    entropy: Tensor
-    label_log_prob: Tensor
-    tilt_weight: Tensor
+    values: Tensor
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        return self.values[:, 0]
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.values[:, 1]
+
+    @property
+    def label_log_prob(self) -> Tensor:
+        return self.values[:, 2]
+
+    @property
+    def tilt_weight(self) -> Tensor:
+        return self.values[:, 3]
 
     @classmethod
     def empty(cls, timeline: Timeline, count: int, device: torch.device) -> Diagnostics:
-        shape = (len(timeline), count)
-        tables = [torch.full(shape, math.nan, dtype=torch.float32, device=device) for _ in range(4)]
-        return cls(torch.tensor(timeline.timesteps[::-1].copy()), torch.tensor(timeline.sigmas[::-1].copy()), *tables)
+        values = torch.full((len(timeline), 4, count), math.nan, dtype=torch.float32, device=device)
+        timesteps, sigmas = (torch.from_numpy(table[::-1].copy()) for table in (timeline.timesteps, timeline.sigmas))
+        return cls(timesteps, sigmas, values)
 
-    def write(self, index: int, images: slice, found: ImageGradient, tilt_weight: Tensor | None) -> None:
-        """Record one step of the given images, without waiting for the device."""
-        self.gradient_norm[index, images] = torch.linalg.vector_norm(found.gradient.flatten(1).float(), dim=1)
-        if found.stats is not None:
-            self.entropy[index, images] = found.stats.entropy
-            self.label_log_prob[index, images] = found.stats.label_log_prob
-        self.tilt_weight[index, images] = 1.0 if tilt_weight is None else tilt_weight
+    @staticmethod
+    def of_step(found: ImageGradient, tilt_weight: Tensor | None) -> Tensor:
+        """What one step did to B images: (4, B), without waiting for the device."""
+        gradient = found.gradient
+        norm = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)), dtype=torch.float32)
+        if found.stats is None:
+            entropy = label_log_prob = torch.full_like(norm, math.nan)
+        else:
+            entropy, label_log_prob = found.stats.entropy, found.stats.label_log_prob
+        weight = torch.ones_like(norm) if tilt_weight is None else tilt_weight
+        return torch.stack([norm, entropy, label_log_prob, weight])
 
 
 @dataclass(frozen=True, eq=False)

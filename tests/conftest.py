@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,8 +23,12 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 # one thread: with more, small tensors on a busy machine wait for each other; tests of threads ask for two
 torch.set_num_threads(1)
+# nor does a GPU round convolutions to 10 bits where float32 is tested
+torch.backends.cudnn.allow_tf32 = False
 
 CPU_BACKENDS = [name for name, spec in backends._SPECS.items() if spec.devices is None or "cpu" in spec.devices]
+# where there is a GPU, the tests of all backends run on its tensors, too
+GPU_BACKENDS = [pytest.param(f"gpu:{name}", marks=pytest.mark.gpu) for name in ("cuda", "triton")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,15 +76,20 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=[*CPU_BACKENDS, "cuda", "triton"])
+@pytest.fixture(params=[*CPU_BACKENDS, "cuda", "triton", *(GPU_BACKENDS if torch.cuda.is_available() else [])])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every backend on CPU tensors, CUDA's by emulation, Triton's by interpretation. One not built is an error."""
-    if request.param == "cuda":
+    """Every backend on CPU tensors, CUDA's by emulation, Triton's by interpretation; and those of a GPU if there is one.
+
+    The GPU is then the default device. A backend that was not built is an error: the package builds it.
+    """
+    name = request.param.removeprefix("gpu:")
+    on_gpu = name != request.param
+    if name == "cuda" and not on_gpu:
         serve_cpu_tensors(monkeypatch)
-    if request.param == "triton":
+    elif name == "triton" and not on_gpu:
         request.getfixturevalue("interpreted_triton")
-    with use_backend(request.param):
-        yield request.param
+    with torch.device("cuda") if on_gpu else nullcontext(), use_backend(name):
+        yield name
 
 
 @pytest.fixture

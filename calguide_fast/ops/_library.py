@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -32,3 +34,9 @@ def is_direct(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_meta:
             return False
     return True
+
+
+def dispatched(op: Any, *arguments: Any) -> Any:
+    """The op's result by way of the dispatcher, cut off from autograd as on the direct path."""
+    with torch.no_grad():
+        return op(*arguments)

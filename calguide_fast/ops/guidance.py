@@ -12,7 +12,7 @@ from torch.utils._pytree import register_pytree_node
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, is_direct
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
 from calguide_fast.ops.divergences import infinite_on_zeros, parse_divergence
 
 LIBRARY.define(
@@ -216,7 +216,7 @@ def gradient_and_stats(
     labels = _check_inputs(logits, labels, out)
     if is_direct(logits, labels, out):
         return backends.choose(logits).guidance_gradient(logits, labels, *settings, out)
-    grad, stats = torch.ops.calguide_fast.guidance_gradient(logits, labels, *settings)
+    grad, stats = dispatched(torch.ops.calguide_fast.guidance_gradient, logits, labels, *settings)
     return (grad if out is None else out.copy_(grad)), stats
 
 

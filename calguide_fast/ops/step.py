@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, is_direct
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
 from calguide_fast.ops.coefficients import ROW_LENGTH
 from calguide_fast.ops.tilt import tilt_settings
 
@@ -66,7 +66,7 @@ def predict_x0(
         if out is None:
             out = torch.empty_like(x_t, dtype=dtype, memory_format=memory_format)
         return backends.choose(x_t).predict_x0(x_t, model_output, coefficients, clip, out)
-    x0 = torch.ops.calguide_fast.predict_x0(x_t, model_output, coefficients, clip, dtype, memory_format)
+    x0 = dispatched(torch.ops.calguide_fast.predict_x0, x_t, model_output, coefficients, clip, dtype, memory_format)
     return x0 if out is None else out.copy_(x0)
 
 
@@ -137,9 +137,9 @@ def guided_step(
             out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
         return backends.choose(x_t).guided_step(*inputs, variance_max, *settings, out)
     if variance_max is None:
-        x_prev = torch.ops.calguide_fast.guided_step(*inputs, *settings)
+        x_prev = dispatched(torch.ops.calguide_fast.guided_step, *inputs, *settings)
     else:
-        x_prev = torch.ops.calguide_fast.guided_step_with_maximum(*inputs, variance_max, *settings)
+        x_prev = dispatched(torch.ops.calguide_fast.guided_step_with_maximum, *inputs, variance_max, *settings)
     return x_prev if out is None else out.copy_(x_prev)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, is_direct
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
 
 LIBRARY.define("tilt_weights(Tensor scores, float tilt, bool normalize_sum, float max_weight) -> Tensor")
 
@@ -41,7 +41,7 @@ def tilt_weights(scores: Tensor, tilt: float, normalize: str = "mean", max_weigh
     arguments = tilt_settings(tilt, normalize, max_weight)
     if is_direct(scores):
         return _impl(scores, *arguments)
-    return torch.ops.calguide_fast.tilt_weights(scores, *arguments)
+    return dispatched(torch.ops.calguide_fast.tilt_weights, scores, *arguments)
 
 
 def tilt_settings(tilt: float, normalize: str, max_weight: float | None) -> tuple[float, bool, float]:

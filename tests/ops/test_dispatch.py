@@ -26,8 +26,8 @@ def logits_and_labels(batch: int = 4, num_classes: int = 10):
 
 
 def step_tensors():
-    x_t = torch.randn(2, 3, 4, 4)
-    return x_t, torch.randn(2, 6, 4, 4), ROW.clone(), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    x_t, row = torch.randn(2, 3, 4, 4), ROW.to(torch.get_default_device(), copy=True)
+    return x_t, torch.randn(2, 6, 4, 4), row, torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
 
 
 def step_arguments(boosted: bool):
@@ -361,6 +361,18 @@ def test_modes_see_the_ops(backend):
         for name in SAMPLES:
             assert spelling.format(name) in mode.seen, (name, sorted(set(mode.seen)))
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("watcher", [Counting, Watching, lambda: torch.device("cpu")])
+def test_watched_calls_are_cut_off_from_autograd_too(watcher, backend):
+    """A default device, for one, is a function mode."""
+    arguments = [argument.requires_grad_() if argument.is_floating_point() else argument for argument in everything()]
+    # the running maximum is written to
+    arguments[7] = arguments[7].detach()
+    with watcher():
+        assert not any(result.requires_grad for result in use_everything(*arguments))
+    compiled = torch.compile(use_everything, fullgraph=True, backend="aot_eager")
+    assert not any(result.requires_grad for result in compiled(*arguments))
 
 
 def test_forward_mode_is_refused_clearly(backend):

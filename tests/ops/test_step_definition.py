@@ -17,6 +17,11 @@ TIMELINE = Schedule.linear().respaced("25")
 SHAPES = [(2, 3, 8, 8), (1, 1, 7, 9), (3, 4, 1, 1), (2, 3, 5), (199, 1, 2, 2), (2, 2, 3, 4, 5), (0, 3, 8, 8), (3, 6)]
 
 
+def coefficients(variance="fixed_small", eta=0.0):
+    """The table on the device that the test runs on."""
+    return TIMELINE.coefficients(variance, eta).to(torch.get_default_device())
+
+
 def literal_x0(x_t, eps, k, clip=True):
     bar = float(TIMELINE.alphas_cumprod[k])
     x0 = math.sqrt(1 / bar) * x_t.double() - math.sqrt(1 / bar - 1) * eps.double()
@@ -87,7 +92,7 @@ def images(shape, learned=True, dtype=torch.float32):
 
 
 def assert_step(x_t, output, k, gradient=None, eta=0.0, variance="fixed_small", tolerance=2e-6, **options):
-    row = TIMELINE.coefficients(variance, eta)[k]
+    row = coefficients(variance, eta)[k]
     running = options.get("variance_max")
     expected, maximum = literal_step(x_t, output, k, gradient, eta=eta, variance=variance, **options)
     if running is not None:
@@ -110,14 +115,14 @@ def test_predict_x0(shape, clip, dtype, backend):
         expected = literal_x0(x_t, output[:, : shape[1]], k, clip)
         size = x0_terms(x_t, output[:, : shape[1]], k)
         for result in (torch.float32, torch.bfloat16, torch.float16):
-            found = predict_x0(x_t, output, TIMELINE.coefficients()[k], clip, result)
+            found = predict_x0(x_t, output, coefficients()[k], clip, result)
             assert found.dtype == result and found.is_contiguous()
             assert_near(found, expected, 1e-6, "x0", size)
 
 
 def test_predict_x0_layouts_and_out(backend):
     x_t, output = images((3, 3, 6, 5))
-    row = TIMELINE.coefficients()[9]
+    row = coefficients()[9]
     plain = predict_x0(x_t, output, row)
     last = predict_x0(x_t, output, row, memory_format=torch.channels_last)
     assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(last, plain)
@@ -131,7 +136,7 @@ def test_predict_x0_layouts_and_out(backend):
 def test_predict_x0_keeps_nan(backend):
     x_t, output = images((1, 1, 2, 2))
     output[0, 0, 1, 1] = math.nan
-    assert predict_x0(x_t, output, TIMELINE.coefficients()[9]).isnan().flatten().tolist() == [False, False, False, True]
+    assert predict_x0(x_t, output, coefficients()[9]).isnan().flatten().tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -209,7 +214,7 @@ def test_dtypes_and_strides(layout, dtype, backend):
             laid_out(x_t), laid_out(output), 15, laid_out(gradient), noise=laid_out(noise), method=method, **vectors
         )
     running = torch.zeros(3, 2)[:, 1]
-    row = TIMELINE.coefficients()[15]
+    row = coefficients()[15]
     guided_step(laid_out(x_t), output, row, noise=noise, variance_max=running)
     assert (running > 0).all()
 
@@ -218,7 +223,7 @@ def test_seeds_are_the_noise_they_stand_for(backend):
     seeds = torch.tensor([0, 7, -1, 2**62])
     x_t, output = images((4, 3, 5, 7))
     for k, eta in ((24, 0.0), (3, 0.5), (0, 0.0)):
-        row = TIMELINE.coefficients("fixed_small", eta)[k]
+        row = coefficients("fixed_small", eta)[k]
         noise = sampling_noise(seeds, (3, 5, 7), draw=len(TIMELINE) - k)
         for method in ("ddpm", "ddim"):
             drawn = guided_step(x_t, output, row, method=method, seeds=seeds)
@@ -228,7 +233,7 @@ def test_seeds_are_the_noise_they_stand_for(backend):
 def test_scores_are_the_weights_they_stand_for(backend):
     x_t, output = images((5, 3, 4, 4))
     gradient, noise, scores = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), -3 * torch.rand(5)
-    row = TIMELINE.coefficients()[11]
+    row = coefficients()[11]
     inside = guided_step(x_t, output, row, gradient, noise=noise, scores=scores, tilt=-0.4, max_weight=1.2)
     weights = tilt_weights(scores, -0.4, max_weight=1.2)
     assert_near(inside, guided_step(x_t, output, row, gradient, noise=noise, weights=weights).double(), 1e-6)
@@ -237,7 +242,7 @@ def test_scores_are_the_weights_they_stand_for(backend):
 def test_out_may_be_x_t_itself(backend):
     x_t, output = images((3, 3, 8, 8))
     gradient, noise = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
-    row = TIMELINE.coefficients()[15]
+    row = coefficients()[15]
     for method in ("ddpm", "ddim"):
         expected = guided_step(x_t, output, row, gradient, noise=noise, method=method)
         for out in (torch.empty_like(x_t), x_t.clone()):
@@ -250,7 +255,7 @@ def test_inputs_are_left_alone(backend):
     x_t, output = images((2, 3, 4, 4))
     tensors = [x_t, output, torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2), torch.rand(2)]
     before = [tensor.clone() for tensor in tensors]
-    row = TIMELINE.coefficients()[9]
+    row = coefficients()[9]
     guided_step(x_t, output, row, tensors[2], noise=tensors[3], weights=tensors[4], scores=tensors[5], tilt=1.0)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
 
@@ -261,7 +266,7 @@ def test_nan_stays_in_its_own_image(spoilt, method, backend):
     tensors = dict(zip(("x_t", "model_output"), images((3, 1, 2, 2), learned=False)))
     tensors |= {"gradient": torch.randn(3, 1, 2, 2), "noise": torch.randn(3, 1, 2, 2)}
     tensors[spoilt][1, 0, 1, 0] = math.nan
-    row = TIMELINE.coefficients(eta=0.5)[9]
+    row = coefficients(eta=0.5)[9]
     found = guided_step(
         tensors["x_t"], tensors["model_output"], row, tensors["gradient"], noise=tensors["noise"], method=method
     )
@@ -272,13 +277,13 @@ def test_nan_in_the_running_maximum_stays(backend):
     x_t, output = images((2, 1, 2, 2))
     output[0, 1, 0, 0] = math.nan
     running = torch.zeros(2)
-    guided_step(x_t, output, TIMELINE.coefficients()[9], noise=torch.zeros(2, 1, 2, 2), variance_max=running)
+    guided_step(x_t, output, coefficients()[9], noise=torch.zeros(2, 1, 2, 2), variance_max=running)
     assert running.isnan().tolist() == [True, False]
 
 
 def test_step_is_cut_off_from_autograd(backend):
     x_t, output = images((2, 1, 2, 2))
-    row = TIMELINE.coefficients()[9]
+    row = coefficients()[9]
     output.requires_grad_()
     assert not predict_x0(x_t, output, row).requires_grad
     assert not guided_step(x_t, output, row, noise=torch.zeros_like(x_t)).requires_grad
@@ -287,7 +292,7 @@ def test_step_is_cut_off_from_autograd(backend):
 
 def test_images_do_not_depend_on_their_neighbours(backend):
     x_t, output = images((9, 3, 16, 16))
-    gradient, seeds, row = torch.randn(9, 3, 16, 16), torch.arange(9), TIMELINE.coefficients()[9]
+    gradient, seeds, row = torch.randn(9, 3, 16, 16), torch.arange(9), coefficients()[9]
     together = guided_step(x_t, output, row, gradient, seeds=seeds)
     alone = guided_step(x_t[4:5], output[4:5], row, gradient[4:5], seeds=seeds[4:5])
     assert torch.equal(together[4:5], alone)
@@ -295,7 +300,7 @@ def test_images_do_not_depend_on_their_neighbours(backend):
 
 def test_threads_change_no_bit(two_threads):
     x_t, output = images((16, 3, 64, 64))
-    arguments = (x_t, output, TIMELINE.coefficients()[9], torch.randn_like(x_t))
+    arguments = (x_t, output, coefficients()[9], torch.randn_like(x_t))
     options = {"seeds": torch.arange(16), "scores": torch.randn(16), "tilt": 0.3}
     two = guided_step(*arguments, **options), predict_x0(*arguments[:3]), tilt_weights(torch.arange(5000.0), 0.001)
     torch.set_num_threads(1)
@@ -304,7 +309,7 @@ def test_threads_change_no_bit(two_threads):
 
 
 GOOD_X, GOOD_OUTPUT = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 4, 4)
-ROW = TIMELINE.coefficients()[5]
+ROW = coefficients()[5]
 NOISE = torch.zeros(2, 3, 4, 4)
 
 
@@ -318,7 +323,7 @@ NOISE = torch.zeros(2, 3, 4, 4)
         ({"model_output": torch.zeros(3, 3, 4, 4)}, ValueError, r"model_output has shape \(3, 3, 4, 4\)"),
         ({"model_output": torch.zeros(2, 3, 4)}, ValueError, r"model_output has shape \(2, 3, 4\)"),
         ({"coefficients": ROW.double()}, ValueError, "coefficients must be one row"),
-        ({"coefficients": TIMELINE.coefficients()}, ValueError, "coefficients must be one row"),
+        ({"coefficients": coefficients()}, ValueError, "coefficients must be one row"),
         ({"coefficients": torch.zeros(16, 2)[:, 0]}, ValueError, "coefficients must be one row"),
         ({"coefficients": [0.0] * 16}, ValueError, "coefficients must be one row"),
         ({"model_output": GOOD_OUTPUT.to("meta")}, ValueError, "model_output is on meta but x_t is on cpu"),

@@ -172,7 +172,7 @@ def test_diagnostics_are_what_happened(backend):
             assert x0 is None and all(table[index].isnan().all() for table in tables)
             continue
         logits = guide(x0).detach()
-        expected = guidance_gradient(logits, LABELS, **settings)
+        expected = guidance_gradient(logits, LABELS.to(logits.device), **settings)
         gradient = gradient_at(lambda x0, pull=expected.grad: (guide(x0) * pull).sum(1), x0)
         weights = tilt_weights(expected.log_prob, -0.7, max_weight=1.3)
         assert torch.allclose(found.gradient_norm[index], gradient.flatten(1).norm(dim=1), rtol=1e-4)
@@ -487,3 +487,24 @@ def test_results_are_float32_whatever_the_default_dtype():
         torch.set_default_dtype(torch.float32)
     assert found.images.dtype == torch.float32 and found.diagnostics.gradient_norm.dtype == torch.float32
     assert torch.equal(found.images, sample(sampler).images)
+
+
+def test_the_default_device_does_not_matter_to_a_model_that_has_one(backend):
+    sampler = guided(tilt=0.3)
+    torch.manual_seed(5)
+    expected = sampler.sample(LABELS, steps=3, progress=False)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        found = sampler.sample(LABELS, steps=3, progress=False)
+    assert torch.equal(found.images, expected.images) and torch.equal(found.seeds, expected.seeds)
+    assert torch.equal(found.diagnostics.timesteps, expected.diagnostics.timesteps)
+
+
+def test_a_plain_callable_is_run_on_the_default_device():
+    def model(x, t):
+        return x
+
+    assert FDivSampler(model, shape=(3, 6, 6)).device.type == "cpu"
+    with torch.device("meta"):
+        assert FDivSampler(model, shape=(3, 6, 6)).device.type == "meta"
+        assert FDivSampler(model, shape=(3, 6, 6), device="cpu").device.type == "cpu"

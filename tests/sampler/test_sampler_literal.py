@@ -209,7 +209,7 @@ def test_classifier_free_guidance(learned, backend):
     nothing = torch.full_like(LABELS, 5)
 
     def mixed(x, t):
-        conditional, unconditional = wide(x, t, LABELS), wide(x, t, nothing)
+        conditional, unconditional = wide(x, t, LABELS.to(x.device)), wide(x, t, nothing.to(x.device))
         eps = unconditional[:, :3] + 2.5 * (conditional[:, :3] - unconditional[:, :3])
         return torch.cat([eps, conditional[:, 3:]], 1)
 
@@ -218,7 +218,7 @@ def test_classifier_free_guidance(learned, backend):
 
     options = {"cfg_scale": 2.5, "null_class": 5}
     found = sample(model, noise=noise, **options)
-    plain = ddpm(lambda x, t: wide(x, t, LABELS), noise.double(), TIMESTEPS)
+    plain = ddpm(lambda x, t: wide(x, t, LABELS.to(x.device)), noise.double(), TIMESTEPS)
     assert_replays(found, ddpm(mixed, noise.double(), TIMESTEPS), plain)
     found = sample(model, guide, Guidance(scale=2.0), noise, **options)
     assert_replays(found, ddpm(mixed, noise.double(), TIMESTEPS, push), ddpm(mixed, noise.double(), TIMESTEPS))
@@ -228,7 +228,7 @@ def test_conditional_model_and_model_kwargs(backend):
     model, noise = unet(num_classes=5), draws()
     wide = double(model)
     found = sample(model, noise=noise, model_kwargs={"shift": 0.2})
-    assert_replays(found, ddpm(lambda x, t: wide(x, t, LABELS, shift=0.2), noise.double(), TIMESTEPS))
+    assert_replays(found, ddpm(lambda x, t: wide(x, t, LABELS.to(x.device), shift=0.2), noise.double(), TIMESTEPS))
     unconditional = sample(unet(), noise=noise, class_conditional=False)
     assert_replays(unconditional, ddpm(double(unet()), noise.double(), TIMESTEPS))
 

@@ -1,0 +1,79 @@
+"""Networks as a sampler runs them: converted to another precision or layout, compiled, their parameters frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Network = Callable[..., Tensor]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def prepared(name: str, network: Network, dtype: torch.dtype | None, channels_last: bool, compile: bool) -> Network:
+    """The network to run in place of the caller's, which is left as it is; the same object if nothing is asked for.
+
+    Args:
+        name: what errors call it.
+        network: a module or, if it is only to be compiled, any callable.
+        dtype: of the copy's parameters, through its own ``convert_dtype`` if it has one (the ADM networks then convert
+            their torso and keep what needs float32), else through ``to``.
+        channels_last: lay the copy's convolutions out that way.
+        compile: wrap it in ``torch.compile``.
+
+    Raises:
+        TypeError: dtype is no dtype, or a plain callable should be converted.
+        ValueError: another dtype than float16, bfloat16 or float32.
+    """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be torch.float16, torch.bfloat16 or torch.float32")
+    if dtype is not None or channels_last:
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"dtype and channels_last convert the parameters of an nn.Module, and the {name} is a plain callable: "
+                f"{type(network).__name__}"
+            )
+        network = _converted(network, dtype, channels_last)
+    elif compile and isinstance(network, nn.Module):
+        network = _twin(network)
+    return torch.compile(network) if compile else network
+
+
+def _converted(module: nn.Module, dtype: torch.dtype | None, channels_last: bool) -> nn.Module:
+    module = copy.deepcopy(module).requires_grad_(False)
+    if dtype is not None:
+        convert: Callable[[torch.dtype], Any] = getattr(module, "convert_dtype", module.to)
+        convert(dtype)
+    if channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another module over the same tensors, whose parameters ask for no gradient.
+
+    A compiled backward pass computes the gradient of every parameter that asks for one, whoever needs it.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def frozen(network: Network | None) -> Iterator[None]:
+    """While it lasts, a module's parameters ask for no gradient, and its forward pass keeps nothing for theirs."""
+    asking = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)

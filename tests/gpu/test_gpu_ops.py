@@ -1,0 +1,238 @@
+"""The kernels on a GPU, called directly: values, streams, devices, sizes, graphs, compilers; and never a wait.
+
+The tests of all backends run there as well, by a default device, which is a function mode: not the direct path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from formulas import NAMES, assert_near, literal
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from calguide_fast import guidance_gradient, guidance_score, guided_step, predict_x0, tilt_weights, use_backend
+from calguide_fast.ops._library import is_direct
+from calguide_fast.ops.guidance import guidance_settings
+from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.schedule import Schedule
+
+pytestmark = pytest.mark.gpu
+
+TABLE = Schedule.linear().respaced("25").coefficients()
+GIB = 1 << 30
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error wherever the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def everything(device: str = "cuda", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Arguments of all the ops, the same on every device."""
+    torch.manual_seed(seed)
+    x_t, output, gradient, noise = torch.randn(6, 3, 8, 8), torch.randn(6, 6, 8, 8), *torch.randn(2, 6, 3, 8, 8)
+    tensors = {"logits": torch.randn(6, 1000) * 3, "labels": torch.randint(1000, (6,)), "x_t": x_t, "output": output}
+    tensors |= {"row": TABLE[9], "gradient": gradient, "noise": noise, "running": torch.zeros(6)}
+    tensors["seeds"] = torch.tensor([5, -6, 0, 2**62, -(2**63), 7])
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def use_everything(logits, labels, x_t, output, row, gradient, noise, running, seeds) -> tuple[torch.Tensor, ...]:
+    found = guidance_gradient(logits, labels, "js", entropy_weight=0.2, adaptive_entropy=True)
+    weights = tilt_weights(found.log_prob, -0.2, max_weight=2.0)
+    x0 = predict_x0(x_t, output, row)
+    last = predict_x0(x_t, output, row, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    options = {"weights": weights, "scale": 2.0, "variance_max": running, "sine_boost": 0.3}
+    given = guided_step(x_t, output, row, gradient, noise=noise, **options)
+    seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score, tilt=0.3, method="ddim")
+    drawn = sampling_noise(seeds, (3, 8, 8), 4)
+    return found.grad, found.score, found.divergence, weights, x0, last, given, seeded, drawn, running + 0
+
+
+def test_results_are_the_cpus_to_rounding(kernels):
+    tensors = everything()
+    assert is_direct(*tensors.values())
+    found = use_everything(**tensors)
+    with use_backend("cpu"):
+        expected = use_everything(**everything("cpu"))
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.is_cuda and got.dtype == wanted.dtype and got.stride() == wanted.stride()
+        assert_near(got.cpu().float(), wanted.double(), 2e-5 if got.dtype == torch.float32 else 8e-3)
+    assert torch.equal(found[8].cpu(), expected[8]), "noise has the same bits on every device"
+
+
+@pytest.mark.parametrize("num_classes", [1, 10, 1000, 21843])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_gradient_is_the_definitions(divergence, num_classes, kernels):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = (torch.randn(33, num_classes) * 3).to(dtype)
+        labels = torch.randint(num_classes, (33,))
+        expected = literal(logits, labels, divergence=divergence)
+        found = guidance_gradient(logits.cuda(), labels.cuda(), divergence)
+        for name in found._fields:
+            assert_near(getattr(found, name).cpu(), getattr(expected, name), 5e-6, name)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**40, -(2**40)])
+def test_a_label_out_of_range_gives_a_row_of_nan(label, kernels):
+    """No check may wait for the device. The other rows are as they would be."""
+    logits, labels = torch.randn(5, 10, device="cuda"), torch.tensor([0, 9, label, 3, 4], device="cuda")
+    with no_waiting():
+        found = guidance_gradient(logits, labels)
+    spoilt = torch.tensor([False, False, True, False, False])
+    for value in found:
+        assert torch.equal(value.cpu().isnan().flatten(1).all(1) if value.ndim > 1 else value.cpu().isnan(), spoilt)
+    good = ~spoilt.cuda()
+    expected = guidance_gradient(logits[good], labels[good])
+    for value, wanted in zip(found, expected):
+        assert torch.equal(value[good], wanted)
+    with use_backend("reference"), pytest.raises(ValueError, match=rf"labels\[2\]={label} is out of range"):
+        guidance_gradient(logits, labels)
+
+
+def test_no_op_waits_for_the_device(kernels):
+    tensors = everything()
+    use_everything(**tensors)  # loads what is loaded once
+    with no_waiting():
+        use_everything(**tensors)
+    with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
+        tensors["running"].sum().item()
+
+
+def test_results_repeat_bit_for_bit(kernels):
+    tensors = everything()
+    first, second = (use_everything(**{**tensors, "running": torch.zeros(6, device="cuda")}) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_work_goes_to_the_current_stream(kernels):
+    tensors = everything()
+    expected = use_everything(**{name: tensor.clone() for name, tensor in tensors.items()})
+    late = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # the arguments get their values long after the kernels are launched
+        torch.cuda._sleep(50_000_000)
+        for name, tensor in late.items():
+            tensor.copy_(tensors[name])
+        found = use_everything(**late)
+    side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_work_goes_to_the_tensors_device(kernels):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU is present, and the test takes two")
+    tensors = everything("cuda:1")
+    with torch.cuda.device(0):
+        found = use_everything(**{name: tensor.clone() for name, tensor in tensors.items()})
+        assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        expected = use_everything(**tensors)
+    assert all(a.device.index == 1 and torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_a_cuda_graph_records_every_op(kernels):
+    held = everything()
+    # compiles what is compiled at the first call
+    use_everything(**held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = use_everything(**held)
+    for seed in (1, 2):
+        for name, tensor in everything(seed=seed).items():
+            held[name].copy_(tensor)
+        graph.replay()
+        expected = use_everything(**everything(seed=seed))
+        assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic, kernels):
+    torch._dynamo.reset()
+    tensors = everything()
+    compiled = torch.compile(use_everything, fullgraph=True, dynamic=dynamic)
+    found = compiled(**{name: tensor.clone() for name, tensor in tensors.items()})
+    for got, wanted in zip(found, use_everything(**tensors)):
+        assert_near(got.float(), wanted.double(), 1e-5)
+
+
+def test_fake_tensors_have_the_real_shapes(kernels):
+    real = use_everything(**everything())
+    tensors = everything()
+    with FakeTensorMode() as mode:
+        fake = use_everything(**{name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+def test_opcheck(kernels):
+    t = everything()
+    settings = guidance_settings("js", 1.0, 0.9, 1.0, 0.5, 0.3, True)
+    ops = torch.ops.calguide_fast
+    step = (t["x_t"], t["output"], t["row"], t["gradient"], None, None, t["noise"], None)
+    numbers = (0, True, 1.5, 0.0, math.inf, False)
+    torch.library.opcheck(ops.guidance_gradient.default, (t["logits"], t["labels"], *settings))
+    torch.library.opcheck(ops.tilt_weights.default, (torch.randn(6, device="cuda"), 0.4, False, 2.0))
+    torch.library.opcheck(ops.sampling_noise.default, (t["seeds"], [3, 4, 5], 7, 0))
+    torch.library.opcheck(ops.predict_x0.default, (*step[:3], True, torch.float16, torch.channels_last))
+    torch.library.opcheck(ops.guided_step.default, (*step, *numbers, 0.0, True))
+    torch.library.opcheck(ops.guided_step_with_maximum.default, (*step, t["running"], *numbers, 0.3, True))
+
+
+def test_score_has_its_gradient(kernels):
+    logits, labels = torch.randn(7, 100, device="cuda", requires_grad=True), torch.arange(7, device="cuda")
+    (grad,) = torch.autograd.grad(guidance_score(logits, labels, "forward_kl").sum(), logits)
+    assert torch.equal(grad, guidance_gradient(logits.detach(), labels, "forward_kl").grad)
+
+
+def needs_memory(gib: int) -> None:
+    found = torch.cuda.get_device_properties(0).total_memory / GIB
+    if found < 80:
+        pytest.skip(f"the GPU has {found:.0f} GiB; tensors of more than 2^31 elements are tested where there are 80")
+    free = torch.cuda.mem_get_info()[0] / GIB
+    if free < gib:
+        pytest.skip(f"{free:.0f} GiB of the GPU's memory are free, and the test takes {gib}")
+
+
+def test_logits_of_more_than_2_to_the_31_elements(kernels):
+    needs_memory(24)
+    classes = 1 << 15
+    logits = torch.empty((1 << 16) + 1, classes, dtype=torch.float16, device="cuda").normal_()
+    labels = torch.randint(classes, (len(logits),), device="cuda")
+    found = guidance_gradient(logits, labels)
+    ends = torch.tensor([0, 1, len(logits) // 2, len(logits) - 2, len(logits) - 1], device="cuda")
+    expected = guidance_gradient(logits[ends], labels[ends])
+    assert torch.equal(found.grad[ends], expected.grad) and torch.equal(found.score[ends], expected.score)
+
+
+def test_images_of_more_than_2_to_the_31_elements(kernels):
+    needs_memory(48)
+    shape = ((1 << 11) + 1, 1, 1 << 10, 1 << 10)
+    x_t = torch.empty(shape, device="cuda").normal_()
+    output, gradient = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+    seeds, row = torch.arange(len(x_t), device="cuda"), TABLE[9].cuda()
+    kept = torch.tensor([0, 1, len(x_t) - 1], device="cuda")
+    some = x_t[kept], output[kept], row
+    expected = guided_step(*some, gradient[kept], seeds=seeds[kept]), predict_x0(*some, dtype=torch.float16)
+    x0 = predict_x0(x_t, output, row, dtype=torch.float16)
+    assert torch.equal(x0[kept], expected[1])
+    del x0
+    guided_step(x_t, output, row, gradient, seeds=seeds, out=x_t)
+    assert torch.equal(x_t[kept], expected[0])
