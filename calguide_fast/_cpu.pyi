@@ -1,4 +1,4 @@
-"""The compiled module: kernels that take pointers, sizes and strides, which ``calguide_fast.backends.native`` fills in."""
+"""The compiled module: kernels that take raw pointers, which ``calguide_fast.backends.native`` fills in."""
 
 from typing import Any
 

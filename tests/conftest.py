@@ -78,7 +78,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(params=[*CPU_BACKENDS, "cuda", "triton", *(GPU_BACKENDS if torch.cuda.is_available() else [])])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every backend on CPU tensors, CUDA's by emulation, Triton's by interpretation; and those of a GPU if there is one.
+    """Every backend on CPU tensors, CUDA by emulation and Triton by interpretation; and a GPU's if there is one.
 
     The GPU is then the default device. A backend that was not built is an error: the package builds it.
     """
