@@ -11,11 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import setup_script
 import torch
 from setuptools.dist import Distribution
 
 # one on every generation's budget: a block of 256 threads must fit the 65,536 registers of a multiprocessor
 MOST_REGISTERS = {"guide_warp_rows": 255, "guide_block_rows": 168, "step_kernel": 96, "tilt_kernel": 96}
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module."""
+    return setup_script.load()
 
 
 def run(*command: str, **options) -> str:
