@@ -10,11 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import setup_script
 
 from calguide_fast.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module."""
+    return setup_script.load()
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
