@@ -149,7 +149,7 @@ struct GlobalRow {
 // a class's distance below the maximum; beyond the range of floats it is only very far
 template <class Real>
 CALGUIDE_DEVICE Real distance(float x, float max) {
-  const float d = x - max;
+  const Real d = static_cast<Real>(x) - max;
   return d < -1e30f ? -1e30f : d;
 }
 

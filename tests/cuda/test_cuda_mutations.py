@@ -79,7 +79,7 @@ MUTATIONS = {
     "every image draws the first one's noise": ("step.cu", "static_cast<uint64_t>(«a.seeds[image]»)", "a.seeds[0]"),
     "quads of an image's blocks overlap": (
         "step.cu",
-        "const int64_t step = «blocks_an_image * step_threads»;",
+        "const int64_t step = «static_cast<int64_t>(blocks_an_image) * step_threads»;",
         "blocks_an_image * step_threads - 1",
     ),
     "scores counted twice": (
@@ -99,9 +99,13 @@ MUTATIONS = {
     ),
     "the last chunk of a row left out": (
         "guidance_kernels.h",
-        "for (int64_t first = begin; «first < classes»; first += chunk<T> * Group::size) {\n"
-        "      float x[chunk<T>];\n#pragma",
+        "const Pack<float>* from = own;\n    for (int64_t first = begin; «first < classes»; first += stride)",
         "first + chunk<T> < classes",
+    ),
+    "every thread's chunks in the same place": (
+        "guidance_kernels.h",
+        "own(reinterpret_cast<Pack<float>*>(shared) + «group.rank()»)",
+        "0",
     ),
     "a NaN logit unseen": ("guidance_kernels.h", "!group.any(«probe != 0.0f»);", "probe > 0.0f"),
     "a NaN logit taken for a masked one": (

@@ -17,6 +17,8 @@ Call = Callable[[ModuleType], list[Tensor]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # one of every kind of sum: two exponentials, a log in floats, powers in doubles
 DIVERGENCES = {"none": (0, 0.0), "reverse_kl": (1, 0.0), "js": (3, 0.0), "chi2": (6, 0.0), "alpha": (8, -0.5)}
+# squares the ratios of tiny probabilities, whose exponents must be exact
+EXPLOSIVE = {"inverse": (8, -1.0)}
 MARGINAL_TEMPERATURES = [0.7, 0.5, 1.0, 0.0]
 
 
@@ -41,13 +43,15 @@ def guidance(
         labels[0] = 1
         logits[-1, 0] = math.nan
         logits[batch // 2, ::2] = 7.0
+    if layout == "saturated":
+        logits[torch.arange(batch), labels] += 30
     logits = logits.to(dtype)
     if layout == "transposed":
         logits = logits.t().contiguous().t()
     elif layout == "shifted":
         # no row of it starts on a boundary of sixteen bytes
         logits = torch.zeros(batch, classes + 1, dtype=dtype)[:, 1:].copy_(logits)
-    code, order = DIVERGENCES[divergence]
+    code, order = {**DIVERGENCES, **EXPLOSIVE}[divergence]
 
     def call(backend: ModuleType) -> list[Tensor]:
         given = logits.clone() if in_place else logits
@@ -183,6 +187,9 @@ def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
                 yield f"guidance {divergence} beyond {layout}", call, {"shared_limit": LITTLE_SHARED}
         in_place = guidance(3, CLASSES["block"], divergence, torch.bfloat16, in_place=True)
         yield f"guidance {divergence} in place", in_place, {"shared_limit": LITTLE_SHARED}
+    for size, classes in CLASSES.items():
+        call = guidance(3, classes, "inverse", torch.float32, "saturated", 0.0)
+        yield f"guidance inverse {size} saturated", call, {}
     yield "step of many images", step((70, 1, 2, 3)), {}
     # a thread goes over its image several times
     yield "step of large images in place", step((20, 1, 63, 65), in_place=True), {"multiprocessors": 1}
