@@ -1,14 +1,14 @@
-// The f-divergences D(q||p) = sum_i q_i phi(p_i / q_i) of classifier guidance and w_i = p_i phi'(p_i / q_i), from which the
-// logit gradient is w_i - p_i sum_j w_j. One source for every device.
+// The f-divergences D(q||p) = sum_i q_i phi(p_i / q_i) of classifier guidance and w_i = p_i phi'(p_i / q_i), from which
+// the logit gradient is w_i - p_i sum_j w_j. One source for every device.
 //
 // q has two values only: that of the label and that of every other class.
 //
 // The Kullback-Leibler family needs no term per class beyond p_i and p_i log p_i:
 //   KL(q||p): gradient p_i - q_i
 //   KL(p||q): gradient p_i (log p_i - log q_i - D)
-// The others are summed: class_terms of each class, w normalised so that phi'(1) = 0. All terms are homogeneous: p and q
-// may come with any common factor, and p be an exponential before its normalisation. Those that are powers of p / q are
-// computed in double, as there G_i is a small difference of terms as large as (1 / q)^(a - 1).
+// The others are summed: class_terms of each class, w normalised so that phi'(1) = 0. All terms are homogeneous: p and
+// q may come with any common factor, and p be an exponential before its normalisation. Those that are powers of p / q
+// are computed in double, as there G_i is a small difference of terms as large as (1 / q)^(a - 1).
 #pragma once
 
 #include <math.h>

@@ -244,10 +244,10 @@ CALGUIDE_INLINE DivergenceShare<Scalar> term_share(const GuidanceSettings<Scalar
   return share;
 }
 
-// Whether a class other than the label has so much of the probability that its w and p sum(w) cancel to the last digits.
+// Whether a class other than the label has so much of the probability that its w and p sum(w) cancel to the last
+// digits.
 template <class Real, class Scalar>
-CALGUIDE_INLINE bool peaks(const GradientForm<Real>& form, const Label<Scalar>& label,
-                           const RowScalars<Scalar>& row) {
+CALGUIDE_INLINE bool peaks(const GradientForm<Real>& form, const Label<Scalar>& label, const RowScalars<Scalar>& row) {
   return form.has_w && row.s < Scalar(1.0625) && label.d < Scalar(0);
 }
 
@@ -263,13 +263,15 @@ CALGUIDE_INLINE void set_peak(const GuidanceSettings<Scalar>& settings, const Ro
   const Scalar unit = static_cast<Scalar>(divergence_traits(settings.divergence).unit) / row.s;
   const Scalar others_w = peak.other_w * unit + own.w * unit, others_e = peak.other_e + row.label_e;
   form.has_peak = true;
-  const Scalar without = -settings.marginal_temperature / row.s2 - row.entropy_weight / row.s * (row.entropy - row.log_s);
+  const Scalar without =
+      -settings.marginal_temperature / row.s2 - row.entropy_weight / row.s * (row.entropy - row.log_s);
   form.at_peak = static_cast<Real>(without - settings.alpha * (peak.w * unit * others_e - others_w) / row.s);
 }
 
 template <class Real, class Scalar>
 CALGUIDE_INLINE void set_form(const GuidanceSettings<Scalar>& settings, const Label<Scalar>& label,
-                              const RowScalars<Scalar>& row, const DivergenceShare<Scalar>& share, GradientForm<Real>& form) {
+                              const RowScalars<Scalar>& row, const DivergenceShare<Scalar>& share,
+                              GradientForm<Real>& form) {
   const Scalar tau1 = settings.joint_temperature, tau2 = settings.marginal_temperature, lambda = row.entropy_weight;
   // the entropy's gradient is -p (log p + H), for the label as for the others
   Scalar linear = share.linear + lambda * (row.log_s - row.entropy);
@@ -308,7 +310,8 @@ constexpr int guidance_statistics = 5;
 // stats is (5, batch): score, log_prob, entropy, divergence, label_log_prob
 template <class Scalar>
 CALGUIDE_INLINE void store_statistics(const GuidanceSettings<Scalar>& settings, const Label<Scalar>& label,
-                                      const RowScalars<Scalar>& row, Scalar divergence, float* stats, int64_t batch, int64_t b) {
+                                      const RowScalars<Scalar>& row, Scalar divergence, float* stats, int64_t batch,
+                                      int64_t b) {
   const Scalar tau1 = settings.joint_temperature, tau2 = settings.marginal_temperature;
   const Scalar value = divergence < Scalar(0) ? Scalar(0) : divergence;
   const Scalar log_prob = label.present ? tau2 * label.d - row.log_s2 + (tau1 - tau2) * label.logit : -INFINITY;

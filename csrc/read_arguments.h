@@ -97,11 +97,26 @@ inline StepArguments read_predict_x0(PositionalArguments& in) {
   return a;
 }
 
-// Raises ValueError unless the divergence is one that the kernels know.
-inline void check_divergence(int divergence) {
-  if (divergence >= 0 && divergence < divergence_count) return;
-  throw pybind11::value_error("divergence=" + std::to_string(divergence) +
-                              " is not a code of csrc/fdiv_math.h: 0.." + std::to_string(divergence_count - 1));
+// The binding of guidance_gradient: checks the divergence and calls run(place, arguments).
+template <class Place, class Run>
+auto guidance_function(Run run) {
+  return [run](Place place, uintptr_t logits, int64_t row_stride, int64_t class_stride, uintptr_t labels,
+               int64_t label_stride, int64_t batch, int64_t classes, int storage, int divergence, double order,
+               double alpha, double epsilon, double joint_temperature, double marginal_temperature,
+               double entropy_weight, bool adaptive_entropy, uintptr_t grad, uintptr_t stats) -> int64_t {
+    if (divergence < 0 || divergence >= divergence_count) {
+      throw pybind11::value_error("divergence=" + std::to_string(divergence) +
+                                  " is not a code of csrc/fdiv_math.h: 0.." + std::to_string(divergence_count - 1));
+    }
+    GuidanceArguments a;
+    a.logits = reinterpret_cast<const void*>(logits), a.row_stride = row_stride, a.class_stride = class_stride;
+    a.labels = reinterpret_cast<const int64_t*>(labels), a.label_stride = label_stride;
+    a.batch = batch, a.classes = classes, a.storage = storage;
+    a.settings = {divergence,           order,          alpha,           epsilon, joint_temperature,
+                  marginal_temperature, entropy_weight, adaptive_entropy};
+    a.grad = reinterpret_cast<void*>(grad), a.stats = reinterpret_cast<float*>(stats);
+    return run(place, a);
+  };
 }
 
 }  // namespace calguide

@@ -19,9 +19,9 @@ struct StepRow {
   float ddim_x0, ddim_eps;    // DDIM: x_prev = ddim_x0 x0 + ddim_eps eps + ddim_sd z
   float ddim_sd, ddim_guide;
   float inverse_x0_eps;
-  float sine;                 // sin(pi k / K)
-  bool noisy;                 // k > 0
-  uint32_t draw;              // which draw of noise the step takes
+  float sine;     // sin(pi k / K)
+  bool noisy;     // k > 0
+  uint32_t draw;  // which draw of noise the step takes
 };
 
 CALGUIDE_INLINE StepRow step_row(const float* coefficients) {

@@ -67,8 +67,9 @@ CALGUIDE_INLINE float exp_float(float x) {
   return x > 88.37f ? __builtin_inff() : x < -87.33f ? 0.0f : power;
 }
 
-// 2^(x * scale) for a product up to 126, 2 ulp and, where products are rounded before a sum, the product's own rounding.
-// 1 for x = 0, 0 below 2^-126, NaN for NaN. With scale = t log2(e) it is e^(t x), in fewer steps than exp_float.
+// 2^(x * scale) for a product up to 126, 2 ulp and, where products are rounded before a sum, the product's own
+// rounding. 1 for x = 0, 0 below 2^-126, NaN for NaN. With scale = t log2(e) it is e^(t x), in fewer steps than
+// exp_float.
 CALGUIDE_INLINE float exp2_product(float x, float scale) {
 #if defined(__CUDA_ARCH__)
   // a GPU has an instruction for it: relative error 2^-22

@@ -39,7 +39,8 @@ NamedIsa choose() {
     if (std::string(wanted) == candidate.name) return candidate;
     names += std::string(names.empty() ? "" : ", ") + candidate.name;
   }
-  throw std::runtime_error("CALGUIDE_CPU_ISA is '" + std::string(wanted) + "'; this machine and build can run: " + names);
+  throw std::runtime_error("CALGUIDE_CPU_ISA is '" + std::string(wanted) +
+                           "'; this machine and build can run: " + names);
 }
 
 const NamedIsa& chosen() {
@@ -54,20 +55,26 @@ Isa active_isa() { return chosen().isa; }
 void bind_isa(pybind11::module_& module) {
   chosen();
   module.def("isa", [] { return chosen().name; }, "Instruction set the kernels run with: v4, v3 or baseline.");
-  module.def("isas", [] {
-    std::vector<std::string> names;
-    for (const NamedIsa& candidate : runnable_isas()) names.push_back(candidate.name);
-    pybind11::list result;
-    for (const std::string& name : names) result.append(name);
-    return result;
-  }, "Instruction sets this build and this machine can run, widest first.");
-  module.def("openmp", [] {
+  module.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const NamedIsa& candidate : runnable_isas()) names.push_back(candidate.name);
+        pybind11::list result;
+        for (const std::string& name : names) result.append(name);
+        return result;
+      },
+      "Instruction sets this build and this machine can run, widest first.");
+  module.def(
+      "openmp",
+      [] {
 #ifdef _OPENMP
-    return true;
+        return true;
 #else
-    return false;
+        return false;
 #endif
-  }, "Whether the kernels can use more than one thread.");
+      },
+      "Whether the kernels can use more than one thread.");
 }
 
 }  // namespace calguide

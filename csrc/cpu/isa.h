@@ -39,9 +39,11 @@ Isa active_isa();
 #endif
 
 // CALGUIDE_DISPATCH(kernel(arguments)) returns the value of the active variant.
+// clang-format off
 #define CALGUIDE_DISPATCH(...)                                      \
   switch (::calguide::active_isa()) {                               \
     CALGUIDE_IF_V4(case ::calguide::Isa::v4: return v4::__VA_ARGS__;) \
     CALGUIDE_IF_V3(case ::calguide::Isa::v3: return v3::__VA_ARGS__;) \
     default: return baseline::__VA_ARGS__;                          \
   }
+// clang-format on

@@ -4,7 +4,8 @@
 
 namespace calguide {
 
-// weights[b] = count * softmax(tilt * scores)[b] (softmax itself if normalize_sum), at most max_weight; a NaN spreads to all.
+// weights[b] = count * softmax(tilt * scores)[b] (softmax itself if normalize_sum), at most max_weight; a NaN spreads
+// to all.
 void tilt_weights(const TiltArguments& arguments, float* weights);
 
 }  // namespace calguide

@@ -18,17 +18,7 @@ Place place_of(PyObject* pair) {
 Place place_of(const py::tuple& pair) { return place_of(pair.ptr()); }
 
 // Labels are not looked at, as that would wait for the device: always -1, "no bad row".
-int64_t guidance_gradient(const py::tuple& place, uintptr_t logits, int64_t row_stride, int64_t class_stride,
-                          uintptr_t labels, int64_t label_stride, int64_t batch, int64_t classes, int storage,
-                          int divergence, double order, double alpha, double epsilon, double joint_temperature,
-                          double marginal_temperature, double entropy_weight, bool adaptive_entropy, uintptr_t grad,
-                          uintptr_t stats) {
-  check_divergence(divergence);
-  const GuidanceArguments arguments = {
-      reinterpret_cast<const void*>(logits), row_stride, class_stride, reinterpret_cast<const int64_t*>(labels),
-      label_stride, batch, classes, storage,
-      {divergence, order, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy},
-      reinterpret_cast<void*>(grad), reinterpret_cast<float*>(stats)};
+int64_t guide(const py::tuple& place, const GuidanceArguments& arguments) {
   launch_guidance_gradient(arguments, place_of(place));
   return -1;
 }
@@ -105,7 +95,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of calguide_fast; tensors come as pointers, sizes and strides, checked by the caller.";
   static PyMethodDef methods[] = {positional("guided_step", &guided_step), positional("predict_x0", &predict_x0), {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
-  module.def("guidance_gradient", &guidance_gradient);
+  module.def("guidance_gradient", guidance_function<py::tuple>(&guide));
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
   module.def("unavailable", &unavailable);

@@ -12,7 +12,7 @@
 
 #define CALGUIDE_SHARED(T, name, n) __shared__ T name[n]
 
-#define CALGUIDE_DYNAMIC_SHARED(T, name)                          \
+#define CALGUIDE_DYNAMIC_SHARED(T, name)                        \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   T* const name = reinterpret_cast<T*>(name##_bytes)
 #endif

@@ -60,8 +60,8 @@ struct Source {
   }
 };
 
-// Where a thread keeps its chunks of a row: each(body) calls body(first class, the chunk's logits) for every one of them.
-// Sum is what it adds a row's terms up in: float where it has few of them.
+// Where a thread keeps its chunks of a row: each(body) calls body(first class, the chunk's logits) for every one of
+// them. Sum is what it adds a row's terms up in: float where it has few of them.
 
 template <class T, class Group, int LENGTH>
 struct RegisterRow {
@@ -209,7 +209,7 @@ CALGUIDE_DEVICE void store_chunk(T* grad, int64_t first, int64_t classes, const 
 template <class T, class Group, class Row>
 CALGUIDE_DEVICE int64_t finite_classes(const Row& row, const Group& group, const Source<T>& source) {
   typename Row::template Sum<float> census[2] = {};  // finite, spoilt
-  row.each([&](int64_t first, const float(&x)[chunk<T>]) {
+  row.each([&](int64_t first, const float (&x)[chunk<T>]) {
     for (int j = 0; j < chunk<T>; ++j) {
       if (first + j >= source.classes || first + j == source.label) continue;
       census[0] += x[j] > -INFINITY && x[j] < INFINITY ? 1.0f : 0.0f;
@@ -254,7 +254,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
   const Row row(source, group, shared);
 
   float max = label_x, probe = label_x * 0.0f;
-  row.each([&](int64_t, const float(&x)[chunk<T>]) {
+  row.each([&](int64_t, const float (&x)[chunk<T>]) {
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) {
       max = x[j] > max ? x[j] : max;
@@ -276,7 +276,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
   const Marginal marginal = marginal_of(settings.marginal_temperature);
   Sum exp_sums[4] = {};
   with_marginal<Real>(marginal, [&](auto code) {
-    row.each([&](int64_t, const float(&x)[chunk<T>]) {
+    row.each([&](int64_t, const float (&x)[chunk<T>]) {
       Real s = 0, s2 = 0, ed = 0, sum_d = 0;
 #pragma unroll
       for (int j = 0; j < chunk<T>; ++j) {
@@ -310,7 +310,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
       constexpr int D = decltype(code)::value;
       // calls body(terms, d, e) for every class but the label
       const auto each_term = [&](const auto& body) {
-        row.each([&](int64_t, const float(&x)[chunk<T>]) {
+        row.each([&](int64_t, const float (&x)[chunk<T>]) {
 #pragma unroll
           for (int j = 0; j < chunk<T>; ++j) {
             const Real d = distance<Real>(x[j], max), e = exponentials<marginal_same>(d, Real(1)).e;
@@ -349,7 +349,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
   T* const grad = static_cast<T*>(arguments.grad) + b * classes;
   const auto write = [&](auto of_marginal, const auto& w_of) {
     constexpr Marginal M = decltype(of_marginal)::value;
-    row.each([&](int64_t first, const float(&x)[chunk<T>]) {
+    row.each([&](int64_t first, const float (&x)[chunk<T>]) {
       float g[chunk<T>];
 #pragma unroll
       for (int j = 0; j < chunk<T>; ++j) {

@@ -10,6 +10,8 @@ namespace calguide {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  // told here, so the next launch need not tell it again
+  cudaGetLastError();
   throw std::runtime_error(std::string("CUDA could not ") + what + ": " + cudaGetErrorString(status) + " (" +
                            cudaGetErrorName(status) + ")");
 }

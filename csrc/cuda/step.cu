@@ -236,9 +236,8 @@ __global__ void __launch_bounds__(step_threads) x0_kernel(const StepArguments a,
   });
 }
 
-__global__ void __launch_bounds__(step_threads)
-    normal_kernel(const int64_t* seeds, const Operand out, int64_t elements, uint32_t draw, uint32_t stream,
-                  const Share share) {
+__global__ void __launch_bounds__(step_threads) normal_kernel(const int64_t* seeds, const Operand out, int64_t elements,
+                                                              uint32_t draw, uint32_t stream, const Share share) {
   const int64_t image = share.image();
   const PhiloxKey key = philox_key(static_cast<uint64_t>(seeds[image]));
   share.each_quad([&](int64_t block) {
@@ -255,8 +254,8 @@ struct Grid {
   dim3 blocks;
 };
 
-// Enough blocks to fill the device several times over; beyond that a thread takes more quads, so that what a block works
-// out for its image is worked out less often.
+// Enough blocks to fill the device several times over; beyond that a thread takes more quads, so that what a block
+// works out for its image is worked out less often.
 Grid grid_for(int64_t batch, int64_t elements) {
   const int64_t quads = (elements + 3) / 4, needed = (quads + step_threads - 1) / step_threads;
   const int64_t wanted = 32 * static_cast<int64_t>(Place::attribute(cudaDevAttrMultiProcessorCount));

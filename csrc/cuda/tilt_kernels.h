@@ -15,22 +15,20 @@ struct Tilt {
 
 template <class Group>
 CALGUIDE_DEVICE Tilt tilt_of(const TiltArguments& a, const Group& group) {
-  double largest = -INFINITY, invalid[1] = {0.0};
+  double largest = -INFINITY;
   for (int64_t b = group.rank(); b < a.count; b += Group::size) {
     const double exponent = a.tilt * a.scores[b * a.stride];
-    if (exponent != exponent) invalid[0] = 1.0;
     if (exponent > largest) largest = exponent;
   }
   largest = group.max(largest);
-  group.sum(invalid);
   double total[1] = {0.0};
   for (int64_t b = group.rank(); b < a.count; b += Group::size) {
     total[0] += exp(a.tilt * a.scores[b * a.stride] - largest);
   }
   group.sum(total);
-  // all exponents -inf, or one +inf, have no softmax
-  const bool none = invalid[0] > 0.0 || isinf(largest);
-  return {largest, none ? NAN : (a.normalize_sum ? 1.0 : static_cast<double>(a.count)) / total[0]};
+  // all exponents -inf, or one +inf, have no softmax; a NaN is in the total
+  const double unit = (a.normalize_sum ? 1.0 : static_cast<double>(a.count)) / total[0];
+  return {largest, isinf(largest) ? NAN : unit};
 }
 
 CALGUIDE_DEVICE float tilt_weight(const TiltArguments& a, const Tilt& tilt, int64_t b) {

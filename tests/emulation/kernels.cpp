@@ -88,8 +88,10 @@ __global__ void shuffle_from_an_outsider() {
 __global__ void mask_without_itself() { __syncwarp(0x7fffffffu); }
 
 __global__ void shuffle_meets_vote() {
-  if (threadIdx.x == 0) __ballot_sync(0xffffffffu, 1);
-  else __shfl_sync(0xffffffffu, 1, 2);
+  if (threadIdx.x == 0)
+    __ballot_sync(0xffffffffu, 1);
+  else
+    __shfl_sync(0xffffffffu, 1, 2);
 }
 
 __global__ void unwritten_shared(float* out) {

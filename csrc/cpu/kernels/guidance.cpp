@@ -1,7 +1,7 @@
 // Logits to guidance gradient and score, one row at a time, each logit read once and each gradient written once.
 //
-// A row is copied to a buffer with its label moved out. Then: exponentials and their sums; for the divergences outside the
-// Kullback-Leibler family one pass of class terms; and the gradient in the form that guidance_math.h gives it.
+// A row is copied to a buffer with its label moved out. Then: exponentials and their sums; for the divergences outside
+// the Kullback-Leibler family one pass of class terms; and the gradient in the form that guidance_math.h gives it.
 #include "cpu/guidance.h"
 
 #include <math.h>
@@ -138,7 +138,8 @@ void overflow_pass(const Row<Real>& row, const GradientForm<Real>& form, Margina
     const Real d = static_cast<Real>(row.x[i]) - row.max, stored = row.e[i];
     const Real exponential = marginal == marginal_half ? stored * stored : stored;
     const Real second = marginal == marginal_general ? row.e2[i] : stored;
-    store_float(grad + i, static_cast<float>(overflowing_gradient_of(form, marginal, exponential, second, d, row.w[i])));
+    store_float(grad + i,
+                static_cast<float>(overflowing_gradient_of(form, marginal, exponential, second, d, row.w[i])));
   }
 }
 
@@ -179,7 +180,7 @@ ExpSums<double> exponentials(const Row<Real>& row, int64_t count, const Settings
 
 template <class Real>
 TermSums<double> other_terms(int divergence, const Row<Real>& row, int64_t count, Marginal marginal,
-                     const ClassWeight<Real>& other) {
+                             const ClassWeight<Real>& other) {
   TermSums<double> terms = {};
   with_divergence<Real>(divergence, [&](auto code) {
     constexpr int D = decltype(code)::value;
@@ -219,10 +220,12 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
   return peak;
 }
 
-// Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is not
-// finite (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of them.
+// Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is
+// not finite (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of
+// them.
 template <class Real>
-bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b, Solution<Real>& solution) {
+bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
+               Solution<Real>& solution) {
   const GuidanceArguments& arguments = *settings.arguments;
   const GuidanceSettings<double>& guidance = settings.guidance;
   const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
