@@ -246,8 +246,10 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
   } else {
     const ClassWeight<Real> other = other_weight<Real>(guidance, prior, scalars);
     TermSums<double> terms = other_terms(guidance.divergence, row, count, settings.marginal, other);
-    const ClassTerms<Real> pad = one_class_terms(guidance.divergence, Real(0), Real(padding), other);
-    if (count > row.count) terms.value -= static_cast<double>(count - row.count) * pad.value;
+    if (count > row.count) {
+      const ClassTerms<Real> pad = one_class_terms(guidance.divergence, Real(0), Real(padding), other);
+      terms.value -= static_cast<double>(count - row.count) * pad.value;
+    }
     const ClassTerms<Real> own = label_terms<Real>(guidance, prior, row.label, scalars);
     share = term_share(guidance, row.label, scalars, terms, own, solution.form);
     if (peaks(solution.form, row.label, scalars)) {
