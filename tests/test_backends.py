@@ -219,3 +219,13 @@ def test_import_is_quiet_and_loads_no_heavy_extras():
     code = "import sys, calguide_fast; print([m for m in ('triton', 'sklearn', 'matplotlib') if m in sys.modules])"
     run = python(code)
     assert run.returncode == 0 and run.stdout.strip() == "[]" and run.stderr == ""
+
+
+def test_cuda_kernels_that_were_not_built_say_so():
+    code = (
+        "import importlib.util as util, torch; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name.endswith('._cuda') else find(name, *rest)\n"
+        "import calguide_fast; print(calguide_fast.backend_report())"
+    )
+    run = python(code)
+    assert run.returncode == 0 and "the CUDA kernels are not built: there was no nvcc" in run.stdout

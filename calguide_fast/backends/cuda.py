@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 if torch.version.hip:
     raise ImportError("this PyTorch is built for ROCm; the CUDA kernels need an NVIDIA GPU")
+if importlib.util.find_spec("calguide_fast._cuda") is None:
+    raise ImportError("the CUDA kernels are not built: there was no nvcc, or it failed, when the package was installed")
 
 from calguide_fast import _cuda  # noqa: E402
 from calguide_fast.backends.native import NativeKernels  # noqa: E402
