@@ -134,53 +134,62 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
-def cuda_arch_flags(compiler: str) -> list[str]:
-    """Flags for machine code of every architecture wanted, and for PTX that newer GPUs translate.
+def cuda_archs(known: list[str]) -> tuple[list[str], list[str]]:
+    """Architectures to make machine code for, and those to add PTX of, which newer GPUs translate.
 
-    CALGUIDE_CUDA_ARCHS names them, such as "80;90" or "8.0 9.0+PTX"; else those of CUDA_ARCHS that this nvcc knows, and
-    PTX of the newest.
+    CALGUIDE_CUDA_ARCHS names them, such as "80;90" or "8.0 9.0+PTX"; else those of CUDA_ARCHS that nvcc knows, and PTX
+    of the newest.
     """
-    listing = subprocess.run([compiler, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
-    known = re.findall(r"sm_(\w+)", listing)
-    named = re.split(r"[\s;,]+", os.environ.get("CALGUIDE_CUDA_ARCHS", "").strip())
-    archs = [name.replace(".", "").removesuffix("+PTX") for name in named if name]
+    named = [name for name in re.split(r"[\s;,]+", os.environ.get("CALGUIDE_CUDA_ARCHS", "")) if name]
+    archs = [name.replace(".", "").removesuffix("+PTX") for name in named]
     unknown = [arch for arch in archs if arch not in known]
     if unknown:
-        raise SystemExit(
-            f"CALGUIDE_CUDA_ARCHS asks for {', '.join(unknown)}; this nvcc knows {', '.join(known)} ({compiler})"
-        )
-    ptx = [name.replace(".", "").removesuffix("+PTX") for name in named if name.endswith("+PTX")]
+        raise SystemExit(f"CALGUIDE_CUDA_ARCHS asks for {', '.join(unknown)}; this nvcc knows {', '.join(known)}")
     if not archs:
         archs = [arch for arch in CUDA_ARCHS if arch in known] or known[-1:]
-        ptx = archs[-1:]
-    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return machine_code + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+        return archs, archs[-1:]
+    return archs, [arch for arch, name in zip(archs, named) if name.endswith("+PTX")]
 
 
 def cuda_module() -> NativeModule | None:
     """`calguide_fast._cuda`: csrc/cuda by nvcc, with CUDA's runtime inside; None where CUDA is not to be built."""
     force = bool(os.environ.get("CALGUIDE_FORCE_CUDA"))
-    if os.environ.get("CALGUIDE_NO_CUDA"):
+
+    def leave_out(reason: str) -> None:
         if force:
-            raise SystemExit("CALGUIDE_NO_CUDA and CALGUIDE_FORCE_CUDA contradict each other")
-        print("calguide_fast: CALGUIDE_NO_CUDA is set; building without CUDA kernels")
-        return None
+            raise SystemExit(f"CALGUIDE_FORCE_CUDA is set, and {reason}")
+        print(f"calguide_fast: {reason}; building without CUDA kernels")
+
+    if os.environ.get("CALGUIDE_NO_CUDA"):
+        return leave_out("CALGUIDE_NO_CUDA is set")
     compiler = nvcc()
     if compiler is None:
-        if force:
-            raise SystemExit("CALGUIDE_FORCE_CUDA is set, and nvcc is neither in $CUDA_HOME/bin nor on PATH")
-        print("calguide_fast: nvcc is neither in $CUDA_HOME/bin nor on PATH; building without CUDA kernels")
-        return None
+        return leave_out("nvcc is neither in $CUDA_HOME/bin nor on PATH")
+    listing, release = (
+        subprocess.run([compiler, question], capture_output=True, text=True).stdout
+        for question in ("--list-gpu-code", "--version")
+    )
+    known, version = re.findall(r"sm_(\w+)", listing), re.search(r"release (\d+)", release)
+    if not known or not version:
+        return leave_out(f"{compiler} does not say what it compiles for")
+    archs, ptx = cuda_archs(known)
+
     host = ["-ccbin", cxx()[0]] if os.environ.get("CXX") else []
     common = [compiler, *host, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
-    # a sixth of the size, where this nvcc knows how
-    options = subprocess.run([compiler, "--help"], check=True, capture_output=True, text=True).stdout
-    small = ["--compress-mode=size"] if "--compress-mode" in options else []
-    kernels = [*common, *small, *cuda_arch_flags(compiler)]
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") for arch in ptx]
+    kernels = [*common, *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets)]
+    if int(version[1]) >= 13:
+        # a sixth of the size, for the drivers that this release needs anyway
+        kernels.append("--compress-mode=size")
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     objects = [(source, f"{source.stem}.o", kernels) for source in sources]
+    # nvcc would cut a list at its commas
+    defines = [
+        f"-DCALGUIDE_CUDA_{kind}={''.join('_' + re.sub('[a-z]', '', arch) for arch in built)}"
+        for kind, built in (("MACHINE_CODE", archs), ("PTX", ptx or ["0"]))
+    ]
     # as system headers, whose warnings are not ours
-    bindings = [*common, f"-isystem={pybind11.get_include()}", f"-isystem={python_include()}"]
+    bindings = [*common, *defines, f"-isystem={pybind11.get_include()}", f"-isystem={python_include()}"]
     objects.append((CSRC / "cuda" / "bindings.cpp", "bindings.o", bindings))
     return NativeModule("calguide_fast._cuda", objects, [compiler, *host, "-shared", "-cudart=static"])
 

@@ -65,4 +65,14 @@ CALGUIDE_INLINE void store_float(Float16* at, float value) {
 #endif
 }
 
+// Calls body with a value of the given storage type.
+template <class Body>
+CALGUIDE_INLINE void with_storage(int type, const Body& body) {
+  switch (type) {
+    case storage_bfloat16: return body(BFloat16());
+    case storage_float16: return body(Float16());
+    default: return body(float());
+  }
+}
+
 }  // namespace calguide

@@ -223,7 +223,7 @@ def test_import_is_quiet_and_loads_no_heavy_extras():
 
 def test_cuda_kernels_that_were_not_built_say_so():
     code = (
-        "import importlib.util as util, torch; find = util.find_spec\n"
+        "import importlib.util as util, torch; find = util.find_spec; torch.version.cuda = '13.0'\n"
         "util.find_spec = lambda name, *rest: None if name.endswith('._cuda') else find(name, *rest)\n"
         "import calguide_fast; print(calguide_fast.backend_report())"
     )

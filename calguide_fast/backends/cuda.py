@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if torch.version.hip:
-    raise ImportError("this PyTorch is built for ROCm; the CUDA kernels need an NVIDIA GPU")
+if torch.version.cuda is None:
+    raise ImportError(f"this PyTorch is built {'for ROCm' if torch.version.hip else 'without CUDA'}")
 if importlib.util.find_spec("calguide_fast._cuda") is None:
     raise ImportError("the CUDA kernels are not built: there was no nvcc, or it failed, when the package was installed")
 
 from calguide_fast import _cuda  # noqa: E402
 from calguide_fast.backends.native import NativeKernels  # noqa: E402
 
-if _cuda.unavailable():
-    raise ImportError(f"the CUDA kernels are built, but there is {_cuda.unavailable()}")
+if reason := _cuda.unavailable():
+    raise ImportError(f"the CUDA kernels are built, but there is {reason}")
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
@@ -26,12 +29,26 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
+def _on_its_device(kernel: Callable) -> Callable:
+    """The kernel with its first tensor's device as the current one, and the one before current again afterwards."""
+
+    @functools.wraps(kernel)
+    def call(tensor: Tensor, *arguments: Any) -> Any:
+        if tensor.device.index == torch._C._cuda_getDevice():
+            return kernel(tensor, *arguments)
+        # torch's own guard, as it wakes no device that is not in use
+        with torch.cuda.device(tensor.device):
+            return kernel(tensor, *arguments)
+
+    return call
+
+
 _kernels = NativeKernels(_cuda, _place)
-guidance_gradient = _kernels.guidance_gradient
-tilt_weights = _kernels.tilt_weights
-predict_x0 = _kernels.predict_x0
-guided_step = _kernels.guided_step
-philox_normal = _kernels.philox_normal
+guidance_gradient = _on_its_device(_kernels.guidance_gradient)
+tilt_weights = _on_its_device(_kernels.tilt_weights)
+predict_x0 = _on_its_device(_kernels.predict_x0)
+guided_step = _on_its_device(_kernels.guided_step)
+philox_normal = _on_its_device(_kernels.philox_normal)
 
 
 def describe() -> str:

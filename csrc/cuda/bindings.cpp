@@ -1,9 +1,15 @@
 // The module calguide_fast._cuda. Every function takes the place first, (device index, stream), and does not wait.
+#include <stdlib.h>
+
 #include "cuda/guidance.h"
 #include "cuda/place.h"
 #include "cuda/step.h"
 #include "cuda/tilt.h"
 #include "read_arguments.h"
+
+#ifndef CALGUIDE_CUDA_MACHINE_CODE
+#error "CALGUIDE_CUDA_MACHINE_CODE and CALGUIDE_CUDA_PTX must list what the kernels are built for, such as _80_90"
+#endif
 
 namespace calguide {
 namespace {
@@ -15,24 +21,34 @@ Place place_of(PyObject* pair) {
   return Place(device, PyLong_AsVoidPtr(PyTuple_GET_ITEM(pair, 1)));
 }
 
-Place place_of(const py::tuple& pair) { return place_of(pair.ptr()); }
+// Other Python threads may run meanwhile: a launch waits where the device's queue is full.
+template <class Launch>
+void launch_at(PyObject* pair, const Launch& launch) {
+  const Place place = place_of(pair);
+  py::gil_scoped_release release;
+  launch(place);
+}
 
 // Labels are not looked at, as that would wait for the device: always -1, "no bad row".
-int64_t guide(const py::tuple& place, const GuidanceArguments& arguments) {
-  launch_guidance_gradient(arguments, place_of(place));
+int64_t guide(const py::tuple& pair, const GuidanceArguments& arguments) {
+  launch_at(pair.ptr(), [&](const Place& place) { launch_guidance_gradient(arguments, place); });
   return -1;
 }
 
-void tilt_weights(const py::tuple& place, uintptr_t scores, int64_t stride, int64_t count, double tilt,
+void tilt_weights(const py::tuple& pair, uintptr_t scores, int64_t stride, int64_t count, double tilt,
                   bool normalize_sum, double max_weight, uintptr_t weights) {
-  launch_tilt_weights({reinterpret_cast<const float*>(scores), stride, count, tilt, normalize_sum, max_weight},
-                      reinterpret_cast<float*>(weights), place_of(place));
+  const TiltArguments arguments = {
+      reinterpret_cast<const float*>(scores), stride, count, tilt, normalize_sum, max_weight};
+  launch_at(pair.ptr(),
+            [&](const Place& place) { launch_tilt_weights(arguments, reinterpret_cast<float*>(weights), place); });
 }
 
-void philox_normal(const py::tuple& place, uintptr_t seeds, int64_t batch, int64_t elements, uint32_t draw,
+void philox_normal(const py::tuple& pair, uintptr_t seeds, int64_t batch, int64_t elements, uint32_t draw,
                    uint32_t stream, uintptr_t out) {
-  launch_philox_normal(reinterpret_cast<const int64_t*>(seeds), batch, elements, draw, stream,
-                       reinterpret_cast<float*>(out), place_of(place));
+  launch_at(pair.ptr(), [&](const Place& place) {
+    launch_philox_normal(reinterpret_cast<const int64_t*>(seeds), batch, elements, draw, stream,
+                         reinterpret_cast<float*>(out), place);
+  });
 }
 
 // What guided_step and predict_x0 have in common: positional arguments, and errors as Python's.
@@ -42,9 +58,9 @@ PyObject* call(const char* name, PyObject* const* items, Py_ssize_t count, int e
     return PyErr_Format(PyExc_TypeError, "%s takes %d arguments, got %zd", name, expected + 1, count);
   }
   PositionalArguments in(items);
-  PyObject* const place = in.object();
+  PyObject* const pair = in.object();
   try {
-    launch(in, place);
+    launch(in, pair);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -53,16 +69,18 @@ PyObject* call(const char* name, PyObject* const* items, Py_ssize_t count, int e
 }
 
 PyObject* guided_step(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return call("guided_step", items, count, guided_step_arguments, [](PositionalArguments& in, PyObject* place) {
+  return call("guided_step", items, count, guided_step_arguments, [](PositionalArguments& in, PyObject* pair) {
     const StepArguments arguments = read_guided_step(in);
-    if (!PyErr_Occurred()) launch_guided_step(arguments, place_of(place));
+    if (PyErr_Occurred()) return;
+    launch_at(pair, [&](const Place& place) { launch_guided_step(arguments, place); });
   });
 }
 
 PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return call("predict_x0", items, count, predict_x0_arguments, [](PositionalArguments& in, PyObject* place) {
+  return call("predict_x0", items, count, predict_x0_arguments, [](PositionalArguments& in, PyObject* pair) {
     const StepArguments arguments = read_predict_x0(in);
-    if (!PyErr_Occurred()) launch_predict_x0(arguments, place_of(place));
+    if (PyErr_Occurred()) return;
+    launch_at(pair, [&](const Place& place) { launch_predict_x0(arguments, place); });
   });
 }
 
@@ -71,20 +89,52 @@ int version(cudaError_t (*query)(int*)) {
   return query(&number) == cudaSuccess ? number : 0;
 }
 
+// What setup.py built: machine code serves its own generation from its own version on, PTX all that is newer than it.
+#define CALGUIDE_STRING(list) #list
+#define CALGUIDE_EXPANDED_STRING(list) CALGUIDE_STRING(list)
+
+// whether a capability in a list such as "_80_90" satisfies the condition
+template <class Condition>
+bool any_of(const char* list, const Condition& condition) {
+  for (; *list != 0; ++list) {
+    if (*list == '_' && condition(atoi(list + 1))) return true;
+  }
+  return false;
+}
+
+// a device of compute capability major.minor, in tenths
+bool serves(int capability) {
+  const auto machine_code = [&](int code) { return code / 10 == capability / 10 && code <= capability; };
+  const auto ptx = [&](int code) { return code > 0 && code <= capability; };
+  return any_of(CALGUIDE_EXPANDED_STRING(CALGUIDE_CUDA_MACHINE_CODE), machine_code) ||
+         any_of(CALGUIDE_EXPANDED_STRING(CALGUIDE_CUDA_PTX), ptx);
+}
+
+std::string release(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
 // Why no kernel can run here, or an empty string.
 std::string unavailable() {
   const int driver = version(cudaDriverGetVersion), runtime = version(cudaRuntimeGetVersion);
-  const auto name = [](int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); };
   if (driver == 0) return "no NVIDIA driver";
   if (driver / 1000 < runtime / 1000) {
-    return "the NVIDIA driver serves CUDA " + name(driver) + ", and this was built with CUDA " + name(runtime);
+    return "an NVIDIA driver for CUDA " + release(driver) + ", and they are built with CUDA " + release(runtime);
   }
   int devices = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);
   // not an error that the next launch is to report
   cudaGetLastError();
   if (status == cudaErrorNoDevice || (status == cudaSuccess && devices == 0)) return "no CUDA device";
-  return status == cudaSuccess ? "" : cudaGetErrorString(status);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  for (int device = 0; device < devices; ++device) {
+    const Place place(device, nullptr);
+    const int major = place.attribute(cudaDevAttrComputeCapabilityMajor);
+    const int minor = place.attribute(cudaDevAttrComputeCapabilityMinor);
+    if (!serves(10 * major + minor)) {
+      return "a device of compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+             ", for which no code was built";
+    }
+  }
+  return "";
 }
 
 }  // namespace

@@ -15,9 +15,8 @@
 
 namespace calguide {
 
-// stands for the label and for classes beyond the last: too far below any logit to add anything
-constexpr float absent = -1e38f;
-constexpr float least_present = -1e37f;
+// stands for the label and for places beyond the row: like a masked class, it adds nothing
+constexpr float absent = -INFINITY;
 
 // sixteen bytes of a row at a time
 template <class T>
@@ -34,52 +33,102 @@ CALGUIDE_DEVICE int place_in_chunk(int64_t label, int64_t first) {
   return label >= first && label < first + chunk<T> ? static_cast<int>(label - first) : chunk<T>;
 }
 
-// one row of the logits, without its label
+// One row of the logits, without its label. Chunks lie on boundaries of sixteen bytes where classes are neighbours, so
+// that the first of them may begin before the row, by `lead` places.
 template <class T>
 struct Source {
   const T* logits;
   int64_t stride, classes, label;
-  bool vector;  // whether its chunks lie on boundaries of sixteen bytes
+  int lead;
+  bool vector;
 
-  CALGUIDE_MEMBER void load(int64_t first, float (&x)[chunk<T>]) const {
-    if (vector && first + chunk<T> <= classes) {
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(logits + first);
-#pragma unroll
-      for (int j = 0; j < chunk<T>; ++j) x[j] = load_float(pack.values[j]);
-    } else {
+  // capacity: places that a row has room for
+  CALGUIDE_MEMBER Source(const GuidanceArguments& a, int64_t b, int64_t label, int64_t capacity)
+      : logits(static_cast<const T*>(a.logits) + b * a.row_stride),
+        stride(a.class_stride),
+        classes(a.classes),
+        label(label),
+        lead(static_cast<int>(reinterpret_cast<uintptr_t>(logits) / sizeof(T) % chunk<T>)),
+        vector(stride == 1 && classes + lead <= capacity) {
+    if (!vector) lead = 0;
+  }
+
+  CALGUIDE_MEMBER bool whole(int64_t first) const { return first >= 0 && first + chunk<T> <= classes; }
+
+  // A chunk as it is in memory; zeros unless all of it is read at once.
+  CALGUIDE_MEMBER Pack<T> fetch(int64_t first) const {
+    Pack<T> pack = {};
+    if (vector && whole(first)) pack = *reinterpret_cast<const Pack<T>*>(logits + first);
+    return pack;
+  }
+
+  // What fetch has left, and all in float: the other classes, and what they and the label show of the row.
+  CALGUIDE_MEMBER void read(Pack<T>& pack, int64_t first, float (&x)[chunk<T>], float& max, float& finite_probe) const {
+    unsigned others = ~0u;
+    if (!vector || !whole(first)) {
+      others = 0;
 #pragma unroll
       for (int j = 0; j < chunk<T>; ++j) {
-        x[j] = first + j < classes ? load_float(logits[(first + j) * stride]) : absent;
+        if (first + j < 0 || first + j >= classes) continue;
+        pack.values[j] = logits[(first + j) * stride];
+        others |= 1u << j;
       }
     }
-    const int own = place_in_chunk<T>(label, first);
-    if (own < chunk<T>) {
+    others &= ~(1u << place_in_chunk<T>(label, first));
 #pragma unroll
-      for (int j = 0; j < chunk<T>; ++j) x[j] = j == own ? absent : x[j];
+    for (int j = 0; j < chunk<T>; ++j) {
+      const float value = load_float(pack.values[j]);
+      // NaN from here on if a logit is not finite
+      finite_probe += value * 0.0f;
+      x[j] = (others >> j & 1u) != 0 ? value : absent;
+      max = x[j] > max ? x[j] : max;
+    }
+  }
+
+  // Calls body(first, x) for every chunk of a thread, so many of them on their way from memory at once.
+  template <int AT_ONCE, class Body>
+  CALGUIDE_MEMBER void each(int64_t begin, int64_t step, float& max, float& finite_probe, const Body& body) const {
+    for (int64_t first = begin; first < classes; first += AT_ONCE * step) {
+      Pack<T> packs[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) packs[k] = fetch(first + k * step);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        float x[chunk<T>];
+        read(packs[k], first + k * step, x, max, finite_probe);
+        body(first + k * step, x);
+      }
     }
   }
 };
 
 // Where a thread keeps its chunks of a row: each(body) calls body(first class, the chunk's logits) for every one of
-// them. Sum is what it adds a row's terms up in: float where it has few of them.
+// them. Sum is what it adds a row's terms up in: float where it has few of them. A row also knows the largest of the
+// thread's logits, and whether all are finite.
 
 template <class T, class Group, int LENGTH>
 struct RegisterRow {
   template <class Real>
   using Sum = Real;
-  static constexpr int chunks = LENGTH / (chunk<T> * Group::size);
+  static constexpr int64_t capacity = LENGTH, step = chunk<T> * Group::size;
+  static constexpr int chunks = LENGTH / step;
   float x[chunks][chunk<T>];
   int64_t begin;
+  float max = absent, finite_probe = 0.0f;
 
-  CALGUIDE_MEMBER RegisterRow(const Source<T>& source, const Group& group, float*) : begin(group.rank() * chunk<T>) {
+  CALGUIDE_MEMBER RegisterRow(const Source<T>& source, const Group& group, float*)
+      : begin(group.rank() * chunk<T> - source.lead) {
+    Pack<T> packs[chunks];
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) source.load(begin + c * (chunk<T> * Group::size), x[c]);
+    for (int c = 0; c < chunks; ++c) packs[c] = source.fetch(begin + c * step);
+#pragma unroll
+    for (int c = 0; c < chunks; ++c) source.read(packs[c], begin + c * step, x[c], max, finite_probe);
   }
 
   template <class Body>
   CALGUIDE_MEMBER void each(const Body& body) const {
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) body(begin + c * (chunk<T> * Group::size), x[c]);
+    for (int c = 0; c < chunks; ++c) body(begin + c * step, x[c]);
   }
 };
 
@@ -89,31 +138,33 @@ template <class T, class Group>
 struct SharedRow {
   template <class>
   using Sum = double;
-  static constexpr int packs = chunk<T> / 4;
-  static constexpr int64_t stride = chunk<T> * Group::size;
+  static constexpr int64_t capacity = INT64_MAX, step = chunk<T> * Group::size;
+  static constexpr int packs = chunk<T> / 4, at_once = 4;
   Pack<float>* own;
   int64_t begin, classes;
+  float max = absent, finite_probe = 0.0f;
 
-  // shared memory that a row of so many classes takes
-  static int64_t bytes(int64_t classes) { return (classes + stride - 1) / stride * stride * sizeof(float); }
+  // shared memory that a row of so many classes takes, wherever its first chunk begins
+  static int64_t bytes(int64_t classes) {
+    const int64_t round = at_once * step;
+    return (classes + chunk<T> - 1 + round - 1) / round * round * sizeof(float);
+  }
 
   CALGUIDE_MEMBER SharedRow(const Source<T>& source, const Group& group, float* shared)
       : own(reinterpret_cast<Pack<float>*>(shared) + group.rank()),
-        begin(group.rank() * chunk<T>),
+        begin(group.rank() * chunk<T> - source.lead),
         classes(source.classes) {
     Pack<float>* to = own;
-    for (int64_t first = begin; first < classes; first += stride) {
-      float x[chunk<T>];
-      source.load(first, x);
+    source.template each<at_once>(begin, step, max, finite_probe, [&](int64_t, const float (&x)[chunk<T>]) {
 #pragma unroll
       for (int k = 0; k < packs; ++k, to += Group::size) *to = {x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]};
-    }
+    });
   }
 
   template <class Body>
   CALGUIDE_MEMBER void each(const Body& body) const {
     const Pack<float>* from = own;
-    for (int64_t first = begin; first < classes; first += stride) {
+    for (int64_t first = begin; first < classes; first += step) {
       float x[chunk<T>];
 #pragma unroll
       for (int k = 0; k < packs; ++k, from += Group::size) {
@@ -130,19 +181,21 @@ template <class T, class Group>
 struct GlobalRow {
   template <class>
   using Sum = double;
+  static constexpr int64_t capacity = INT64_MAX, step = chunk<T> * Group::size;
+  static constexpr int at_once = 2;
   const Source<T>& source;
   int64_t begin;
+  float max = absent, finite_probe = 0.0f;
 
   CALGUIDE_MEMBER GlobalRow(const Source<T>& source, const Group& group, float*)
-      : source(source), begin(group.rank() * chunk<T>) {}
+      : source(source), begin(group.rank() * chunk<T> - source.lead) {
+    source.template each<at_once>(begin, step, max, finite_probe, [](int64_t, const float (&)[chunk<T>]) {});
+  }
 
   template <class Body>
   CALGUIDE_MEMBER void each(const Body& body) const {
-    for (int64_t first = begin; first < source.classes; first += chunk<T> * Group::size) {
-      float x[chunk<T>];
-      source.load(first, x);
-      body(first, x);
-    }
+    float seen = absent, probed = 0.0f;
+    source.template each<at_once>(begin, step, seen, probed, body);
   }
 };
 
@@ -192,7 +245,7 @@ CALGUIDE_DEVICE void with_marginal(Marginal marginal, const Body& body) {
 // a chunk of the gradient, sixteen bytes at once where it lies so
 template <class T>
 CALGUIDE_DEVICE void store_chunk(T* grad, int64_t first, int64_t classes, const float (&g)[chunk<T>]) {
-  if (first + chunk<T> <= classes && reinterpret_cast<uintptr_t>(grad + first) % 16 == 0) {
+  if (first >= 0 && first + chunk<T> <= classes && reinterpret_cast<uintptr_t>(grad + first) % 16 == 0) {
     Pack<T> pack;
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) store_float(pack.values + j, g[j]);
@@ -200,7 +253,7 @@ CALGUIDE_DEVICE void store_chunk(T* grad, int64_t first, int64_t classes, const 
   } else {
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) {
-      if (first + j < classes) store_float(grad + first + j, g[j]);
+      if (first + j >= 0 && first + j < classes) store_float(grad + first + j, g[j]);
     }
   }
 }
@@ -211,7 +264,7 @@ CALGUIDE_DEVICE int64_t finite_classes(const Row& row, const Group& group, const
   typename Row::template Sum<float> census[2] = {};  // finite, spoilt
   row.each([&](int64_t first, const float (&x)[chunk<T>]) {
     for (int j = 0; j < chunk<T>; ++j) {
-      if (first + j >= source.classes || first + j == source.label) continue;
+      if (first + j < 0 || first + j >= source.classes || first + j == source.label) continue;
       census[0] += x[j] > -INFINITY && x[j] < INFINITY ? 1.0f : 0.0f;
       census[1] += x[j] < INFINITY ? 0.0f : 1.0f;
     }
@@ -247,26 +300,15 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
   const int64_t classes = arguments.classes, y = arguments.labels[b * arguments.label_stride];
   if (y < 0 || y >= classes) return fill_invalid<T>(arguments, group, b);
 
-  const T* const logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
-  const bool vector = arguments.class_stride == 1 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
-  const Source<T> source = {logits, arguments.class_stride, classes, y, vector};
-  const float label_x = load_float(logits[y * arguments.class_stride]);
+  const Source<T> source(arguments, b, y, Row::capacity);
+  const float label_x = load_float(source.logits[y * source.stride]);
   const Row row(source, group, shared);
-
-  float max = label_x, probe = label_x * 0.0f;
-  row.each([&](int64_t, const float (&x)[chunk<T>]) {
-#pragma unroll
-    for (int j = 0; j < chunk<T>; ++j) {
-      max = x[j] > max ? x[j] : max;
-      // NaN from here on if a logit is not finite
-      probe += x[j] * 0.0f;
-    }
-  });
-  const bool usual = !group.any(probe != 0.0f);
-  max = group.max(max);
-  Label<Real> label = {label_x > -INFINITY, static_cast<Real>(label_x) - max, label_x};
+  const bool all_finite = !group.any(row.finite_probe != 0.0f || label_x * 0.0f != 0.0f);
+  const float max = group.max(label_x > row.max ? label_x : row.max);
+  const bool has_label = label_x > -INFINITY;
+  const Label<Real> label = {has_label, has_label ? distance<Real>(label_x, max) : -INFINITY, label_x};
   Prior<Real> prior = task.prior;
-  if (!usual) {
+  if (!all_finite) {
     const int64_t others = finite_classes(row, group, source);
     const bool spoilt = others < 0 || !(label_x < INFINITY) || (others == 0 && !label.present);
     if (spoilt) return fill_invalid<T>(arguments, group, b);
@@ -285,7 +327,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
         s += of.e;
         s2 += of.e2;
         ed += of.e * d;
-        sum_d += x[j] > least_present ? d : Real(0);
+        sum_d += x[j] > absent ? d : Real(0);
       }
       exp_sums[0] += s;
       exp_sums[1] += s2;
@@ -314,7 +356,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
 #pragma unroll
           for (int j = 0; j < chunk<T>; ++j) {
             const Real d = distance<Real>(x[j], max), e = exponentials<marginal_same>(d, Real(1)).e;
-            if (x[j] > least_present) body(class_terms<D>(e, d, other), d, e);
+            if (x[j] > absent) body(class_terms<D>(e, d, other), d, e);
           }
         });
       };
@@ -360,7 +402,7 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
         // only powers of p / q overflow
         if (S == sum_of_doubles && form.overflows) value = overflowing_gradient_of(form, M, of.e, of.e2, d, w);
         if (S != sum_of_kls && form.has_peak && d == 0) value = form.at_peak;
-        g[j] = !usual && x[j] == -INFINITY ? 0.0f : static_cast<float>(value);
+        g[j] = x[j] > absent ? static_cast<float>(value) : 0.0f;
       }
       const int own = place_in_chunk<T>(y, first);
       if (own < chunk<T>) {
@@ -422,13 +464,16 @@ static void launch_block_rows(const Task<RealOf<S>>& task, const Place& place) {
   const int64_t batch = task.arguments.batch;
   const dim3 grid(static_cast<unsigned>(batch < most_blocks ? batch : most_blocks)), block(block_threads);
   const int64_t bytes = SharedRow<T, RowBlock>::bytes(task.arguments.classes);
-  const int64_t reserved = RowBlock::scratch_length * sizeof(double) + 1024;
-  if (bytes + reserved > Place::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+  // beside what the kernel has of its own, and the system
+  const int64_t most = place.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+                       static_cast<int64_t>(RowBlock::scratch_length * sizeof(double)) - 1024;
+  if (bytes > most) {
     CALGUIDE_LAUNCH((guide_block_rows<T, S, GlobalRow>), grid, block, 0, place.stream(), task);
     return;
   }
   const auto kernel = guide_block_rows<T, S, SharedRow>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+  // always the most, so that no call takes away what another one needs
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)),
         "reserve shared memory");
   CALGUIDE_LAUNCH((guide_block_rows<T, S, SharedRow>), grid, block, bytes, place.stream(), task);
 }

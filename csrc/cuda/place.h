@@ -16,33 +16,22 @@ inline void check(cudaError_t status, const char* what) {
                            cudaGetErrorName(status) + ")");
 }
 
-// The device is the current one while this lives, and the one before is again afterwards.
+// Of the device that is current, as the caller sees to.
 class Place {
  public:
-  Place(int device, void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
-    check(cudaGetDevice(&previous_), "name the current device");
-    changed_ = previous_ != device;
-    if (changed_) check(cudaSetDevice(device), "choose the device");
-  }
-  ~Place() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  Place(const Place&) = delete;
-  Place& operator=(const Place&) = delete;
+  Place(int device, void* stream) : device_(device), stream_(static_cast<cudaStream_t>(stream)) {}
 
   cudaStream_t stream() const { return stream_; }
 
-  static int attribute(cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    check(cudaGetDevice(&device), "name the current device");
-    check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
+  int attribute(cudaDeviceAttr attribute) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device_), "describe the device");
     return value;
   }
 
  private:
+  int device_;
   cudaStream_t stream_;
-  int previous_ = 0;
-  bool changed_ = false;
 };
 
 }  // namespace calguide

@@ -63,27 +63,39 @@ CALGUIDE_DEVICE T* side_by_side(const Operand& of, const Quad& quad) {
   return quad.together && of.pixel == 1 && aligned ? const_cast<T*>(at) : nullptr;
 }
 
+// Four elements of an operand as they are in memory, of any storage type.
+struct alignas(16) Raw {
+  uint32_t words[4];
+};
+
 template <class T>
-CALGUIDE_DEVICE void load_as(const Operand& of, const Quad& quad, float (&x)[4]) {
-  if (const T* at = side_by_side<T>(of, quad)) {
-    const Four<T> four = *reinterpret_cast<const Four<T>*>(at);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = load_float(four.values[j]);
-  } else {
-    const T* data = static_cast<const T*>(of.data);
-    each_element(of, quad, [&](int j, int64_t offset) { x[j] = load_float(data[offset]); });
-  }
+CALGUIDE_DEVICE Four<T> fetch_as(const Operand& of, const Quad& quad) {
+  if (const T* at = side_by_side<T>(of, quad)) return *reinterpret_cast<const Four<T>*>(at);
+  Four<T> four = {};
+  const T* data = static_cast<const T*>(of.data);
+  each_element(of, quad, [&](int j, int64_t offset) { four.values[j] = data[offset]; });
+  return four;
 }
 
-// an absent operand is 0
-CALGUIDE_DEVICE void load(const Operand& of, const Quad& quad, float (&x)[4]) {
-  for (int j = 0; j < 4; ++j) x[j] = 0.0f;
-  if (of.data == nullptr) return;
-  switch (of.type) {
-    case storage_bfloat16: return load_as<BFloat16>(of, quad, x);
-    case storage_float16: return load_as<Float16>(of, quad, x);
-    default: return load_as<float>(of, quad, x);
-  }
+// Fetched apart from being read as floats, so that all operands are on their way before the first is waited for; an
+// absent operand is 0.
+CALGUIDE_DEVICE Raw fetch(const Operand& of, const Quad& quad) {
+  Raw raw = {};
+  if (of.data == nullptr) return raw;
+  with_storage(of.type, [&](auto type) {
+    const auto four = fetch_as<decltype(type)>(of, quad);
+    memcpy(&raw, &four, sizeof four);
+  });
+  return raw;
+}
+
+CALGUIDE_DEVICE void read(const Operand& of, const Raw& raw, float (&x)[4]) {
+  with_storage(of.type, [&](auto type) {
+    Four<decltype(type)> four;
+    memcpy(&four, &raw, sizeof four);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = load_float(four.values[j]);
+  });
 }
 
 template <class T>
@@ -100,11 +112,7 @@ CALGUIDE_DEVICE void store_as(const Operand& of, const Quad& quad, const float (
 }
 
 CALGUIDE_DEVICE void store(const Operand& of, const Quad& quad, const float (&x)[4]) {
-  switch (of.type) {
-    case storage_bfloat16: return store_as<BFloat16>(of, quad, x);
-    case storage_float16: return store_as<Float16>(of, quad, x);
-    default: return store_as<float>(of, quad, x);
-  }
+  with_storage(of.type, [&](auto type) { store_as<decltype(type)>(of, quad, x); });
 }
 
 // The blocks of a grid are dealt to the images, so many for each; a thread's quads lie a whole image's threads apart.
@@ -132,7 +140,7 @@ struct ImageStep {
 CALGUIDE_DEVICE float first_variance(const StepArguments& a, const StepRow& row, int64_t image) {
   if (a.v.data == nullptr) return row.fixed_var;
   float v[4];
-  load(a.v, {image, 0, 0, a.channels, a.pixels, 1, false}, v);
+  read(a.v, fetch(a.v, {image, 0, 0, a.channels, a.pixels, 1, false}), v);
   const float sd = step_sd<Deviation::learned>(row, v[0]);
   return sd * sd;
 }
@@ -177,20 +185,20 @@ CALGUIDE_DEVICE float step_element(const ImageStep& image, Guide guide, bool noi
 template <Method METHOD>
 __global__ void __launch_bounds__(step_threads) step_kernel(const StepArguments a, const Share share) {
   CALGUIDE_SHARED(double, scratch, Block::scratch_length);
-  CALGUIDE_SHARED(ImageStep, shared, 1);
+  CALGUIDE_SHARED(ImageStep, image_step, 1);
   const Block group = {scratch};
   const int64_t image = share.image();
   Tilt tilt = {};
   if (a.tilt.scores != nullptr) tilt = tilt_of(a.tilt, group);
   if (group.rank() == 0) {
-    shared->row = step_row(a.coefficients);
-    shared->guide = a.scale;
-    if (a.tilt.scores != nullptr) shared->guide *= tilt_weight(a.tilt, tilt, image);
-    if (a.weights != nullptr) shared->guide *= a.weights[image];
-    shared->boost = sine_boost(a, shared->row, image, share.part() == 0);
+    image_step->row = step_row(a.coefficients);
+    image_step->guide = a.scale;
+    if (a.tilt.scores != nullptr) image_step->guide *= tilt_weight(a.tilt, tilt, image);
+    if (a.weights != nullptr) image_step->guide *= a.weights[image];
+    image_step->boost = sine_boost(a, image_step->row, image, share.part() == 0);
   }
   __syncthreads();
-  const ImageStep of = *shared;
+  const ImageStep of = *image_step;
 
   const bool guided = a.gradient.data != nullptr;
   const bool noisy = (a.noise.data != nullptr || a.seeds != nullptr) && takes_noise(of.row, a.ddim);
@@ -200,16 +208,16 @@ __global__ void __launch_bounds__(step_threads) step_kernel(const StepArguments 
 
   share.each_quad([&](int64_t block) {
     const Quad quad = quad_at(a, image, block);
-    float x[4], eps[4], v[4] = {}, g[4], z[4] = {}, x_prev[4];
-    load(a.x_t, quad, x);
-    load(a.eps, quad, eps);
-    if (METHOD == Method::ddpm_learned) load(a.v, quad, v);
-    load(a.gradient, quad, g);
-    if (noisy && a.seeds != nullptr) {
-      philox_normal_block(key, static_cast<uint32_t>(block), of.row.draw, 0, z);
-    } else if (noisy) {
-      load(a.noise, quad, z);
-    }
+    const Raw raw_x = fetch(a.x_t, quad), raw_eps = fetch(a.eps, quad), raw_g = fetch(a.gradient, quad);
+    const Raw raw_v = METHOD == Method::ddpm_learned ? fetch(a.v, quad) : Raw{};
+    const Raw raw_z = noisy ? fetch(a.noise, quad) : Raw{};
+    float x[4], eps[4], v[4], g[4], z[4], x_prev[4];
+    read(a.noise, raw_z, z);
+    if (noisy && a.seeds != nullptr) philox_normal_block(key, static_cast<uint32_t>(block), of.row.draw, 0, z);
+    read(a.x_t, raw_x, x);
+    read(a.eps, raw_eps, eps);
+    read(a.v, raw_v, v);
+    read(a.gradient, raw_g, g);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       x_prev[j] = step_element<METHOD>(of, guide, noisy, bound, x[j], eps[j], v[j], g[j], z[j]);
@@ -219,17 +227,18 @@ __global__ void __launch_bounds__(step_threads) step_kernel(const StepArguments 
 }
 
 __global__ void __launch_bounds__(step_threads) x0_kernel(const StepArguments a, const Share share) {
-  CALGUIDE_SHARED(StepRow, shared, 1);
-  if (threadIdx.x == 0) *shared = step_row(a.coefficients);
+  CALGUIDE_SHARED(StepRow, step, 1);
+  if (threadIdx.x == 0) *step = step_row(a.coefficients);
   __syncthreads();
-  const StepRow row = *shared;
+  const StepRow row = *step;
   const float bound = a.clip ? 1.0f : INFINITY;
   const int64_t image = share.image();
   share.each_quad([&](int64_t block) {
     const Quad quad = quad_at(a, image, block);
+    const Raw raw_x = fetch(a.x_t, quad), raw_eps = fetch(a.eps, quad);
     float x[4], eps[4], x0[4];
-    load(a.x_t, quad, x);
-    load(a.eps, quad, eps);
+    read(a.x_t, raw_x, x);
+    read(a.eps, raw_eps, eps);
 #pragma unroll
     for (int j = 0; j < 4; ++j) x0[j] = step_x0(row, x[j], eps[j], bound);
     store(a.out, quad, x0);
@@ -256,9 +265,9 @@ struct Grid {
 
 // Enough blocks to fill the device several times over; beyond that a thread takes more quads, so that what a block
 // works out for its image is worked out less often.
-Grid grid_for(int64_t batch, int64_t elements) {
+Grid grid_for(int64_t batch, int64_t elements, const Place& place) {
   const int64_t quads = (elements + 3) / 4, needed = (quads + step_threads - 1) / step_threads;
-  const int64_t wanted = 32 * static_cast<int64_t>(Place::attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t wanted = 32 * static_cast<int64_t>(place.attribute(cudaDevAttrMultiProcessorCount));
   const int64_t fair = (wanted + batch - 1) / batch;
   // four quads a thread at most
   const int64_t least = (needed + 3) / 4;
@@ -272,7 +281,7 @@ Grid grid_for(int64_t batch, int64_t elements) {
 
 void launch_guided_step(StepArguments a, const Place& place) {
   flatten_channels(a);
-  const Grid grid = grid_for(a.batch, a.channels * a.pixels);
+  const Grid grid = grid_for(a.batch, a.channels * a.pixels, place);
   const auto kernel = a.ddim                ? step_kernel<Method::ddim>
                       : a.v.data != nullptr ? step_kernel<Method::ddpm_learned>
                                             : step_kernel<Method::ddpm_fixed>;
@@ -282,7 +291,7 @@ void launch_guided_step(StepArguments a, const Place& place) {
 
 void launch_predict_x0(StepArguments a, const Place& place) {
   flatten_channels(a);
-  const Grid grid = grid_for(a.batch, a.channels * a.pixels);
+  const Grid grid = grid_for(a.batch, a.channels * a.pixels, place);
   CALGUIDE_LAUNCH((x0_kernel), grid.blocks, dim3(step_threads), 0, place.stream(), a, grid.share);
   check(cudaGetLastError(), "launch predict_x0");
 }
@@ -290,7 +299,7 @@ void launch_predict_x0(StepArguments a, const Place& place) {
 void launch_philox_normal(const int64_t* seeds, int64_t batch, int64_t elements, uint32_t draw, uint32_t stream,
                           float* out, const Place& place) {
   if (batch * elements == 0) return;
-  const Grid grid = grid_for(batch, elements);
+  const Grid grid = grid_for(batch, elements, place);
   const Operand to = {out, storage_float32, elements, elements, 1};
   CALGUIDE_LAUNCH((normal_kernel), grid.blocks, dim3(step_threads), 0, place.stream(), seeds, to, elements, draw,
                   stream, grid.share);

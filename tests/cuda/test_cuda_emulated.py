@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from emulation import build
 from emulation.backend import emulated_backend
 from emulation.cases import CASES, bits, results, wrong
@@ -49,41 +52,55 @@ def test_noise_is_bit_equal_to_the_reference(name):
 @pytest.fixture
 def emulator():
     settings = emulated_backend().emulator
-    before = {name: settings[name] for name in ("device", "device_count", "driver_version", "shared_limit")}
+    before = {name: settings[name] for name in ("compute_capability", "device_count", "driver_version", "shared_limit")}
     yield settings
     for name, value in before.items():
         settings[name] = value
 
 
-def test_the_device_is_chosen_and_given_back(emulator, monkeypatch):
+def test_the_tensors_device_is_current_for_the_length_of_a_call(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    call = emulated_backend()._on_its_device(lambda tensor, more: (current[0], more))
+    for index in (1, 0):
+        assert call(SimpleNamespace(device=torch.device("cuda", index)), "more") == (index, "more")
+        assert current == [0]
+
+
+def test_an_error_is_told_once(monkeypatch):
     backend = emulated_backend()
-    emulator["device_count"] = 2
-    for index, current in [(1, 0), (0, 1), (1, 1)]:
-        emulator["device"] = current
-        monkeypatch.setattr(backend._kernels, "place", lambda tensor, index=index: (index, 0))
-        assert not wrong("tilt 5", results(backend, "tilt 5"))
-        assert emulator["device"] == current
-    monkeypatch.setattr(backend._kernels, "place", lambda tensor: (2, 0))
-    with pytest.raises(RuntimeError, match="CUDA could not choose the device: .*cudaErrorInvalidDevice"):
-        results(backend, "tilt 5")
-    # CUDA keeps the error for who asks next, as this does
-    backend._kernels.native.unavailable()
+    with monkeypatch.context() as patch:
+        patch.setattr(backend._kernels, "place", lambda tensor: (2, 0))
+        with pytest.raises(RuntimeError, match="CUDA could not describe the device: .*cudaErrorInvalidDevice"):
+            results(backend, "step (3, 3, 8, 8) 0")
+    assert not wrong("tilt 5", results(backend, "tilt 5"))
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "reason"),
     [
         ("driver_version", 0, "no NVIDIA driver"),
-        ("driver_version", 12040, "the NVIDIA driver serves CUDA 12.4, and this was built with CUDA 13.0"),
+        ("driver_version", 12040, "an NVIDIA driver for CUDA 12.4, and they are built with CUDA 13.0"),
         ("device_count", 0, "no CUDA device"),
+        ("compute_capability", 75, "a device of compute capability 7.5, for which no code was built"),
+        ("compute_capability", 89, ""),
+        ("compute_capability", 121, ""),
     ],
 )
 def test_why_no_kernel_can_run(emulator, setting, value, reason):
     native = emulated_backend()._kernels.native
     assert native.unavailable() == ""
-    emulator[setting] = value
+    before, emulator[setting] = emulator[setting], value
     assert native.unavailable() == reason
-    emulator[setting] = 13000 if setting == "driver_version" else 1
+    emulator[setting] = before
     # the question leaves no error behind for the next launch
     assert not wrong("tilt 5", results(emulated_backend(), "tilt 5"))
 

@@ -61,7 +61,7 @@ MUTATIONS = {
     ),
     "no barrier before a step's row is read": (
         "step.cu",
-        "if (threadIdx.x == 0) *shared = step_row(a.coefficients);\n  «__syncthreads();»",
+        "if (threadIdx.x == 0) *step = step_row(a.coefficients);\n  «__syncthreads();»",
         ";",
     ),
     "an element beyond the end of an image": ("step.cu", "if («j < quad.count») body(j,", "j <= quad.count"),
@@ -89,17 +89,17 @@ MUTATIONS = {
     ),
     "a logit read beyond the row": (
         "guidance_kernels.h",
-        "x[j] = «first + j < classes» ? load_float(",
-        "first + j <= classes",
+        "if (first + j < 0 || «first + j >= classes») continue;\n        pack",
+        "first + j > classes",
     ),
     "a gradient written beyond the row": (
         "guidance_kernels.h",
-        "if («first + j < classes») store_float(",
+        "if (first + j >= 0 && «first + j < classes») store_float(",
         "first + j <= classes",
     ),
     "the last chunk of a row left out": (
         "guidance_kernels.h",
-        "const Pack<float>* from = own;\n    for (int64_t first = begin; «first < classes»; first += stride)",
+        "const Pack<float>* from = own;\n    for (int64_t first = begin; «first < classes»; first += step)",
         "first + chunk<T> < classes",
     ),
     "every thread's chunks in the same place": (
@@ -107,7 +107,7 @@ MUTATIONS = {
         "own(reinterpret_cast<Pack<float>*>(shared) + «group.rank()»)",
         "0",
     ),
-    "a NaN logit unseen": ("guidance_kernels.h", "!group.any(«probe != 0.0f»);", "probe > 0.0f"),
+    "a NaN logit unseen": ("guidance_kernels.h", "!group.any(«row.finite_probe != 0.0f» ||", "row.finite_probe > 0.0f"),
     "a NaN logit taken for a masked one": (
         "guidance_kernels.h",
         "census[1] += «x[j] < INFINITY» ? 0.0f : 1.0f;",
@@ -115,7 +115,7 @@ MUTATIONS = {
     ),
     "absent classes in the sum of distances": (
         "guidance_kernels.h",
-        "sum_d += «x[j] > least_present» ? d : Real(0);",
+        "sum_d += «x[j] > absent» ? d : Real(0);",
         "true",
     ),
     "statistics of the wrong row": (

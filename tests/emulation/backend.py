@@ -27,9 +27,12 @@ def load_backend(library: Path) -> ModuleType:
     with (
         mock.patch.dict(sys.modules, {"calguide_fast._cuda": extension}),
         mock.patch.object(calguide_fast, "_cuda", extension, create=True),
+        mock.patch.object(torch.version, "cuda", "13.0"),
     ):
         spec.loader.exec_module(module)
     module._kernels.place = lambda tensor: (0, 0)
+    for name in ("guidance_gradient", "tilt_weights", "predict_x0", "guided_step", "philox_normal"):
+        setattr(module, name, getattr(module._kernels, name))
     module.emulator = build.Emulator(library)
     return module
 

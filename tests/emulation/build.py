@@ -37,7 +37,8 @@ def flags_for(source: Path, includes: Sequence[Path], sanitize: bool) -> list[st
     if source in EMULATOR:
         return ["-O2", *(SANITIZERS if sanitize else [])]
     if b"#include <pybind11/" in b"".join(contents(source, includes)):
-        return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        built_for = ["-DCALGUIDE_CUDA_MACHINE_CODE=_80_90", "-DCALGUIDE_CUDA_PTX=_90"]
+        return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", *built_for]
     # without sanitizers, the emulator itself answers the check of alignment
     return ["-O0", *SANITIZERS] if sanitize else ["-O1", "-fsanitize=alignment"]
 

@@ -61,11 +61,10 @@ def test_loads_without_a_gpu_and_says_what_is_missing(module):
     reason, version = run(sys.executable, "-c", code).splitlines()
     assert int(version) >= 11000
     assert bool(reason) != torch.cuda.is_available()
-    if reason:
-        code = "import torch\ntry: import calguide_fast.backends.cuda\nexcept ImportError as e: print(e)"
-        assert f"built, but there is {reason}" in run(sys.executable, "-c", code)
-        report = run(sys.executable, "-m", "calguide_fast", "doctor")
-        assert re.search(rf"cuda +not available +.*{reason}", report), report
+    report = run(sys.executable, "-m", "calguide_fast", "doctor")
+    if torch.version.cuda is None:
+        reason = f"this PyTorch is built {'for ROCm' if torch.version.hip else 'without CUDA'}"
+    assert re.search(rf"cuda +not available +.*{reason}" if reason else "cuda +loaded +default on cuda", report), report
 
 
 def test_hides_devices_politely(module):
@@ -96,45 +95,60 @@ def test_no_kernel_spills_its_row(module, cuobjdump):
         assert int(shared) <= 2048, f"{name} takes {shared} bytes of shared memory"
 
 
+KNOWN = ["75", "80", "86", "90", "90a", "100"]
+
+
 def test_architectures_can_be_chosen(build, monkeypatch):
-    compiler = build.nvcc()
-    if compiler is None:
-        pytest.skip("nvcc, which knows the architectures, is not installed")
     monkeypatch.setenv("CALGUIDE_CUDA_ARCHS", "8.0 90+PTX")
-    assert build.cuda_arch_flags(compiler) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
+    assert build.cuda_archs(KNOWN) == (["80", "90"], ["90"])
+    monkeypatch.setenv("CALGUIDE_CUDA_ARCHS", "86;90a")
+    assert build.cuda_archs(KNOWN) == (["86", "90a"], [])
     monkeypatch.setenv("CALGUIDE_CUDA_ARCHS", "90;13")
     with pytest.raises(SystemExit, match="CALGUIDE_CUDA_ARCHS asks for 13; this nvcc knows .*90"):
-        build.cuda_arch_flags(compiler)
+        build.cuda_archs(KNOWN)
 
 
-def fake_nvcc(folder: Path, body: str) -> None:
+def test_default_architectures_are_those_that_nvcc_knows(build, monkeypatch):
+    monkeypatch.delenv("CALGUIDE_CUDA_ARCHS", raising=False)
+    assert build.cuda_archs(KNOWN) == (["75", "80", "90", "100"], ["100"])
+    assert build.cuda_archs(["130"]) == (["130"], ["130"])
+
+
+def fake_nvcc(folder: Path, body: str, listing: str = "sm_80 sm_90", release: str = "release 12.4") -> None:
     """An nvcc that answers questions and does `body` for work."""
     (folder / "bin").mkdir()
     script = folder / "bin" / "nvcc"
-    script.write_text(
-        "#!/bin/sh\ncase $1 in --list-gpu-code) echo sm_80; exit;; --help) exit;; esac\n" + body, encoding="utf-8"
-    )
+    answers = f"case $1 in --list-gpu-code) echo {listing}; exit;; --version) echo {release}; exit;; esac"
+    script.write_text(f"#!/bin/sh\n{answers}\n{body}\n", encoding="utf-8")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
-def test_default_architectures_are_those_that_nvcc_knows(build, monkeypatch, tmp_path):
-    fake_nvcc(tmp_path, "exit 1\n")
+def test_what_is_compiled_for_is_told_to_compiler_and_module(build, monkeypatch, tmp_path):
+    fake_nvcc(tmp_path, "exit 1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.delenv("CALGUIDE_CUDA_ARCHS", raising=False)
-    assert build.cuda_arch_flags(build.nvcc()) == [
+    monkeypatch.setenv("CALGUIDE_CUDA_ARCHS", "90+PTX;80")
+    commands = {name: command for _, name, command in build.cuda_module().objects}
+    assert [flag for flag in commands["step.o"] if flag.startswith("-gencode")] == [
+        "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90,code=compute_90",
     ]
+    assert {"-DCALGUIDE_CUDA_MACHINE_CODE=_90_80", "-DCALGUIDE_CUDA_PTX=_90"} <= set(commands["bindings.o"])
+    # what it makes, drivers of that release cannot load
+    assert "--compress-mode=size" not in commands["step.o"]
+
+
+def test_an_nvcc_that_does_not_answer_is_none(build, monkeypatch, tmp_path, capsys):
+    fake_nvcc(tmp_path, "exit 1", listing="", release="")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.cuda_module() is None
+    assert "does not say what it compiles for; building without CUDA kernels" in capsys.readouterr().out
 
 
 def test_without_nvcc_one_line_says_so(build, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert build.cuda_module() is None
-    assert re.fullmatch("calguide_fast: nvcc is neither .* without CUDA kernels\n", capsys.readouterr().out)
+    assert re.fullmatch("calguide_fast: nvcc is neither .*; building without CUDA kernels\n", capsys.readouterr().out)
     monkeypatch.setenv("CALGUIDE_FORCE_CUDA", "1")
     with pytest.raises(SystemExit, match="CALGUIDE_FORCE_CUDA is set, and nvcc is neither"):
         build.cuda_module()
@@ -145,13 +159,13 @@ def test_cuda_can_be_left_out(build, monkeypatch, capsys):
     assert build.cuda_module() is None
     assert "CALGUIDE_NO_CUDA is set" in capsys.readouterr().out
     monkeypatch.setenv("CALGUIDE_FORCE_CUDA", "1")
-    with pytest.raises(SystemExit, match="contradict"):
+    with pytest.raises(SystemExit, match="CALGUIDE_FORCE_CUDA is set, and CALGUIDE_NO_CUDA is set"):
         build.cuda_module()
 
 
 @pytest.mark.parametrize("optional", [True, False])
 def test_a_failed_compilation_is_fatal_only_if_forced(build, monkeypatch, tmp_path, capfd, caplog, optional):
-    fake_nvcc(tmp_path, "echo 'nvcc: unsupported host compiler' >&2; exit 1\n")
+    fake_nvcc(tmp_path, "echo 'nvcc: unsupported host compiler' >&2; exit 1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     extension = build.Extension("calguide_fast._cuda", ["csrc/cuda/step.cu"], optional=optional)
     distribution = Distribution({"name": "probe", "ext_modules": [extension]})

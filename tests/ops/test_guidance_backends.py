@@ -252,6 +252,40 @@ def test_masked_classes_are_as_good_as_absent(backend):
         assert_near(after, before.double(), 1e-6)
 
 
+@pytest.mark.parametrize("divergence", [name for name in NAMES if name not in ("reverse_kl", "jeffreys", *EXPLOSIVE)])
+@pytest.mark.parametrize("num_classes", [10, 1000, 1500])
+def test_the_lowest_finite_logit_is_a_class_of_no_probability(divergence, num_classes, backend):
+    """As where finfo.min stands for a mask: the class stays in q, so that it is not one that is absent."""
+    logits, labels = torch.randn(3, num_classes), torch.tensor([1, 5, 9])
+    logits[:, 2:6] = torch.finfo(torch.float32).min
+    found = guidance_gradient(logits, labels, divergence, entropy_weight=0.5)
+    far = logits.clone()
+    far[:, 2:6] = -300
+    expected = literal(far, labels, divergence=divergence, entropy_weight=0.5)
+    assert_near(found.grad, expected.grad, TOLERANCE)
+    assert_near(found.divergence, expected.divergence, TOLERANCE)
+    assert_near(found.entropy, expected.entropy, TOLERANCE)
+
+
+def test_a_label_beyond_the_range_of_floats_below_the_others_is_finite(backend):
+    logits = torch.zeros(1, 10)
+    logits[0, 3], logits[0, 7] = torch.finfo(torch.float32).min, 1e38
+    for divergence in ("none", "forward_kl", "js", "hellinger", "chi2"):
+        found = guidance_gradient(logits, torch.tensor([3]), divergence)
+        assert found.grad.isfinite().all() and found.divergence.isfinite().all(), divergence
+        assert not found.score.isnan().any()
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_a_mask_costs_no_digits(divergence, backend):
+    logits, labels = torch.randn(4, 300) * 15, torch.randint(1, 300, (4,))
+    logits[:, 0] = -math.inf
+    found = guidance_gradient(logits, labels, divergence)
+    expected = literal(logits[:, 1:], labels - 1, divergence=divergence)
+    assert_near(found.grad[:, 1:], expected.grad, TOLERANCE)
+    assert_near(found.divergence, expected.divergence, TOLERANCE)
+
+
 @pytest.mark.parametrize("shape", [(3, 10), (199, 37), (0, 10)])
 @pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)
 def test_out_is_written_and_returned(shape, dtype, backend):

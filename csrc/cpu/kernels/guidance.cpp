@@ -55,7 +55,7 @@ ExpSums<double> exp_pass(const Row<Real>& row, int64_t count, Real temperature) 
   Real* e = static_cast<Real*>(__builtin_assume_aligned(row.e, 64));
   Real* e2 = static_cast<Real*>(__builtin_assume_aligned(row.e2, 64));
   const Real max = row.max, log2_e = static_cast<Real>(1.4426950408889634);
-  const Real half_log2_e = log2_e / 2, scale = temperature * log2_e;
+  const Real half_log2_e = log2_e / 2, scale = temperature * log2_e, lowest = static_cast<Real>(-1e30);
   ExpSums<double> total = {};
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
@@ -80,7 +80,7 @@ ExpSums<double> exp_pass(const Row<Real>& row, int64_t count, Real temperature) 
       }
       s += exponential;
       ed += exponential * d;
-      if constexpr (SumD) sum_d += d > static_cast<Real>(-1e37) ? d : 0;
+      if constexpr (SumD) sum_d += x[i] == padding ? 0 : d < lowest ? lowest : d;
     }
     total.s += s;
     total.s2 += s2;
@@ -290,6 +290,9 @@ float load_row(const GuidanceArguments& arguments, int64_t b, float* buffer) {
                                      : load_row<false>(logits, arguments.class_stride, arguments.classes, buffer);
 }
 
+// below the maximum; beyond the range of floats it is only very far
+double distance(double x, double max) { return x - max < -1e30 ? -1e30 : x - max; }
+
 template <class T>
 void fill_invalid(const GuidanceArguments& arguments, int64_t b, T* grad) {
   for (int64_t i = 0; i < arguments.classes; ++i) store_float(grad + i, NAN);
@@ -313,8 +316,10 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
 
   row.label.present = row.x[label] > -INFINITY;
   row.label.logit = row.x[label];
-  row.label.d = row.label.present ? row.label.logit - static_cast<double>(max) : -INFINITY;
-  row.max = 0.0f;
+  row.label.d = row.label.present ? distance(row.label.logit, max) : -INFINITY;
+  // in double the passes take the maximum off themselves
+  constexpr bool in_double = sizeof(Real) == sizeof(double);
+  row.max = in_double ? max : 0.0f;
   row.count = 0;
   int64_t* place = static_cast<int64_t*>(malloc(sizeof(int64_t) * classes));
   float* compact = static_cast<float*>(malloc(sizeof(float) * classes));
@@ -324,8 +329,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
     store_float(grad + i, 0.0f);
     if (value == -INFINITY || i == label) continue;
     place[row.count] = i;
-    const float d = static_cast<float>(static_cast<double>(value) - max);
-    row.x[row.count++] = d < -1e30f ? -1e30f : d;
+    row.x[row.count++] = in_double ? value : static_cast<float>(distance(value, max));
   }
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(finite), row.label.present);
   Solution<Real> solution;
@@ -346,7 +350,7 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   row.max = load_row<T>(arguments, b, row.x);
   row.label.present = true;
   row.label.logit = row.x[label];
-  row.label.d = row.label.logit - row.max;
+  row.label.d = distance(row.label.logit, row.max);
   // the last class takes the label's place, and goes home at the end
   row.x[label] = row.x[last];
   row.count = last;
@@ -358,15 +362,6 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   write_solution(row, solution, settings.marginal, grad);
   if (label < last) grad[last] = grad[label];
   store_float(grad + label, static_cast<float>(solution.form.label));
-}
-
-template <class Real>
-void guide_any_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b) {
-  switch (settings.arguments->storage) {
-    case storage_bfloat16: return guide_row<BFloat16>(settings, prior, row, b);
-    case storage_float16: return guide_row<Float16>(settings, prior, row, b);
-    default: return guide_row<float>(settings, prior, row, b);
-  }
 }
 
 template <class Real>
@@ -384,7 +379,9 @@ void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
   row.w = row.e + 2 * length;
   row.x = reinterpret_cast<float*>(row.e + 3 * length);
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(settings.arguments->classes), true);
-  for (int64_t b = begin; b < end; ++b) guide_any_row(settings, prior, row, b);
+  for (int64_t b = begin; b < end; ++b) {
+    with_storage(settings.arguments->storage, [&](auto type) { guide_row<decltype(type)>(settings, prior, row, b); });
+  }
   if (buffer != stack) free(buffer);
 }
 
