@@ -36,9 +36,9 @@ bench: setup
 bench-smoke: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
 
-# with the PyTorch of $(PYTHON), which is the GPU's; PARTS=build,tests picks parts
+# with the PyTorch of $(PYTHON), which is the GPU's; PARTS=build,tests picks parts, LIMIT=60 gives each so many seconds
 gpu-check:
-	$(PYTHON) tools/gpu_check.py $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT))
+	$(PYTHON) tools/gpu_check.py $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT)) $(if $(LIMIT),--limit $(LIMIT))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,10 +7,11 @@ the places of parameters) is compared before every run: once it has changed, the
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,10 +21,16 @@ from calguide_fast import backends
 
 # runs of a kind of step before it is recorded: libraries set themselves up, compilers compile, cuDNN makes its choice
 WARM_UP = 3
+# shapes of batch whose recordings are kept: those used last
+KEPT = 8
 
 # a NamedTuple of tensors and None
 Buffers = TypeVar("Buffers", bound=tuple[Any, ...])
 Results = TypeVar("Results")
+
+# of all samplers: while one thread records, the device's random state is the recording's, and a replay by another
+# thread, or a compiler's look at it, is an error
+_one_at_a_time = RLock()
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -39,7 +46,7 @@ class Graphs:
     """The recordings of one sampler, for one run at a time.
 
     They stay from run to run, one for each kind of step and shape of batch, and share one pool of memory. What a
-    replayed step returns is overwritten by the next step.
+    replayed step returns is overwritten by the next step. A copy has none: it makes its own.
     """
 
     def __init__(self) -> None:
@@ -48,104 +55,152 @@ class Graphs:
         self._fixed: _Fixed | None = None
         self._clear()
 
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()
+
     def _clear(self) -> None:
         self._recorder: CudaRecorder | None = None
-        self._broken = False
-        self._buffers: dict[Any, Any] = {}
-        self._recordings: dict[Any, _Recording] = {}
+        self._broken = self._may_try_again = False
+        self._rooms: dict[Any, _Room] = {}  # the one used last at the end
+        self._room: _Room | None = None
 
     @contextmanager
     def borrowed(self, device: torch.device, settings: Iterable[Any]) -> Iterator[Graphs | None]:
-        """The graphs for the length of one run, or None where the run must do without, which a warning explains once.
+        """The graphs for the length of one run, or None where the run must do without.
+
+        A warning explains that once, unless it is that another run has them: one of another thread, or the one whose
+        callback has begun this one.
 
         Args:
             device: of the run.
             settings: every object that the steps depend on and that a recording would fix.
         """
         reason = obstacle(device)
-        if reason is not None:
-            self._tell(reason)
+        fixed = None if reason is not None else _Fixed.now(device, settings)
+        if fixed is not None and None in fixed.places:
+            reason = "a parameter or buffer does not tell its place in memory, so that it may move unseen"
+        if reason is not None or fixed is None:
+            self._tell(str(reason))
             yield None
         elif not self._in_use.acquire(blocking=False):
-            # a callback that samples too, or another thread: the buffers hold the first run's images
+            # the buffers hold the other run's images
             yield None
         else:
             try:
-                self._renew(device, settings)
+                self._renew(device, fixed)
                 yield None if self._broken else self
             finally:
                 self._in_use.release()
 
-    def _renew(self, device: torch.device, settings: Iterable[Any]) -> None:
+    def _renew(self, device: torch.device, fixed: _Fixed) -> None:
         if self._recorder is not None:
             # first, as what is thrown away may still be at work
             self._recorder.follow()
-        fixed = _Fixed.now(device, settings)
-        if self._fixed is None or not fixed.is_same(self._fixed):
+        if self._fixed is None or not fixed.is_same(self._fixed) or self._may_try_again:
             self._clear()
             self._fixed = fixed
         if self._recorder is None:
             self._recorder = CudaRecorder(device)
 
-    def hold(self, values: Buffers) -> Buffers:
-        """The same values in buffers that stay: one set of them for each combination of types and shapes."""
-        key = type(values), *(None if value is None else (value.shape, value.dtype) for value in values)
-        held = self._buffers.get(key)
-        if held is None:
-            clones = (None if value is None else value.clone(memory_format=torch.contiguous_format) for value in values)
-            make: Any = type(values)
-            held = self._buffers[key] = make(*clones)
+    def hold(self, state: Buffers) -> Buffers:
+        """Begin a batch: its state in buffers that stay, one set of them for each combination of types and shapes."""
+        key = _shape_of(state)
+        room = self._rooms.pop(key, None)
+        if room is None:
+            while len(self._rooms) >= KEPT:
+                del self._rooms[next(iter(self._rooms))]
+            room = _Room(_copied(state))
         else:
-            for buffer, value in zip(held, values, strict=True):
-                if buffer is not None:
-                    buffer.copy_(value)
-        return held
+            _write(room.state, state)
+        self._rooms[key] = self._room = room
+        return room.state
 
-    def run(self, step: Callable[[Any, Any, Buffers], Results], kind: Any, state: Any, inputs: Buffers) -> Results:
-        """``step(kind, state, inputs)``, replayed if it can be.
+    def run(self, step: Callable[[Any, Any, Buffers], Results], kind: Any, inputs: Buffers) -> Results:
+        """``step(kind, state, inputs)`` with the state of the batch that was begun last, replayed if it can be.
 
         Args:
-            step: does all that it does to tensors at fixed places: ``state``, and buffers that ``inputs`` is copied to.
+            step: does all that it does to tensors at fixed places: the state, and buffers that ``inputs`` is copied to.
             kind: hashable; whatever makes two steps differ in more than the values of tensors.
-            state: buffers given by :meth:`hold`.
             inputs: of this step alone.
         """
-        inputs = self.hold(inputs)
-        if self._broken:
-            return step(kind, state, inputs)
-        assert self._recorder is not None
+        room, key = self._room, _shape_of(inputs)
+        assert room is not None and self._recorder is not None
+        held = room.inputs.get(key)
+        if held is None:
+            held = room.inputs[key] = _copied(inputs)
+        else:
+            _write(held, inputs)
 
         def call() -> Results:
-            return step(kind, state, inputs)
+            return step(kind, room.state, held)
 
-        # both tuples are kept for good, so that their identities name the buffers in them
-        recording = self._recordings.setdefault((kind, id(state), id(inputs)), _Recording())
-        if recording.replay is None:
+        if self._broken:
+            return call()
+        recording = room.recordings.setdefault((kind, key), _Recording())
+        with _one_at_a_time:
             if recording.runs < WARM_UP:
                 recording.runs += 1
                 return self._recorder.aside(call)
+            if recording.replay is not None or self._recorded(recording, call):
+                assert recording.replay is not None
+                recording.replay()
+                return recording.results
+        # recording runs no kernel: the state is as it was, and this step is still to be made. By now the error is gone,
+        # and with it the tensors that its traceback held
+        return call()
+
+    def _recorded(self, recording: _Recording, call: Callable[[], Any]) -> bool:
+        """Whether the call could be recorded."""
+        assert self._recorder is not None
+        first: BaseException | None = None
+
+        def noted() -> Any:
+            nonlocal first
             try:
-                recording.replay, recording.results = self._recorder.record(call)
-            except Exception as error:
-                # recording runs no kernel: the state is as it was, and this step is still to be made
-                self._give_up(error)
                 return call()
-        recording.replay()
-        return recording.results
+            except BaseException as error:
+                first = error
+                raise
+
+        try:
+            recording.replay, recording.results = self._recorder.record(noted)
+            return True
+        except Exception as error:
+            # breaking off raises an error of its own, in the course of the one that says why
+            first = error if first is None else first
+            if not isinstance(first, Exception):
+                # an interruption, which is no reason to go on
+                raise first from None
+            self._give_up(first)
+        finally:
+            # or it would hold itself, by its traceback and this frame
+            first = None
+        return False
 
     def _give_up(self, error: Exception) -> None:
-        # breaking off raises an error of its own, in the course of the one that says why
-        cause = error.__context__ if isinstance(error.__context__, Exception) else error
         self._broken = True
-        self._recordings.clear()
+        # another run may find memory free
+        self._may_try_again = isinstance(error, torch.OutOfMemoryError)
+        for room in self._rooms.values():
+            room.recordings.clear()
         # CUDA's advice on debugging follows in further lines
-        message = str(cause).partition("\n")[0]
-        self._tell(f"a step cannot be recorded: {type(cause).__name__}: {message}")
+        message = str(error).partition("\n")[0]
+        again = "; the next run tries again" if self._may_try_again else ""
+        self._tell(f"a step cannot be recorded: {type(error).__name__}: {message}{again}")
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(f"cuda_graph=True: sampling without a CUDA graph; {reason}", RuntimeWarning, stacklevel=2)
+
+
+class _Room:
+    """The buffers of one shape of batch, and the recordings of the steps over them."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.inputs: dict[Any, Any] = {}
+        self.recordings: dict[Any, _Recording] = {}
 
 
 class _Recording:
@@ -157,17 +212,32 @@ class _Recording:
         self.results: Any = None
 
 
+def _shape_of(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return type(values), *(None if value is None else (value.shape, value.dtype) for value in values)
+
+
+def _copied(values: Buffers) -> Buffers:
+    make: Any = type(values)
+    return make(*(None if value is None else value.clone(memory_format=torch.contiguous_format) for value in values))
+
+
+def _write(buffers: tuple[Any, ...], values: tuple[Any, ...]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        if buffer is not None:
+            buffer.copy_(value)
+
+
 class _Fixed(NamedTuple):
     """What recordings hold for good."""
 
     objects: tuple[Any, ...]
-    places: tuple[int, ...]
+    places: tuple[Any, ...]  # of the tensors, None for one that does not tell
 
     @classmethod
     def now(cls, device: torch.device, settings: Iterable[Any]) -> _Fixed:
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         objects = (*settings, backends._override, autocast)
-        return cls(objects, tuple(tensor.data_ptr() for value in objects for tensor in _tensors(value)))
+        return cls(objects, tuple(_place(tensor) for value in objects for tensor in _tensors(value)))
 
     def is_same(self, other: _Fixed) -> bool:
         # by identity, as equality may compare tensors; the objects are kept, so no other can take their places
@@ -177,10 +247,24 @@ class _Fixed(NamedTuple):
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, nn.Module):
-        yield from value.parameters()
-        yield from value.buffers()
+        for tensor in itertools.chain(value.parameters(), value.buffers()):
+            yield from _tensors(tensor)
+    elif hasattr(value, "__tensor_flatten__"):
+        # a subclass around other tensors, such as a quantised one
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Where the tensor's elements lie and how they are read; None if it does not tell."""
+    try:
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    except (RuntimeError, ValueError):
+        # without storage, such as a sparse one; or of a lazy module, before it is called for the first time
+        return None
+    return place if place[0] or not tensor.numel() else None
 
 
 class CudaRecorder:
@@ -204,7 +288,7 @@ class CudaRecorder:
         """Call on a side stream, in turn with the current one."""
         current = torch.cuda.current_stream(self._device)
         self._warm_up.wait_stream(current)
-        with torch.cuda.stream(self._warm_up):
+        with torch.cuda.stream(self._warm_up), _no_autocast_cache():
             results = call()
         current.wait_stream(self._warm_up)
         return results
@@ -212,29 +296,44 @@ class CudaRecorder:
     def record(self, call: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
         """A function that repeats the call's kernels, and the tensors that they write their results to."""
         graph = torch.cuda.CUDAGraph()
-        cached = torch.is_autocast_cache_enabled()
-        # a weight that autocast has cast and cached would be freed when its context ends
-        torch.set_autocast_cache_enabled(False)
         try:
-            # other threads may go on using the device meanwhile. The outer context brings the current stream back
-            # where the inner one, whose recording has broken off, fails to
-            with (
-                torch.cuda.stream(self._capture),
-                torch.cuda.graph(graph, self._pool, self._capture, capture_error_mode="thread_local"),
-            ):
+            # the outermost context brings the current stream back where the innermost, whose recording has broken off,
+            # fails to
+            with _no_autocast_cache(), torch.cuda.stream(self._capture), self._recording(graph, self._pool):
                 results = call()
-        except Exception:
-            self._end_allocation()
+        except BaseException:
+            self._clean_up()
             raise
-        finally:
-            torch.set_autocast_cache_enabled(cached)
         return graph.replay, results
 
-    def _end_allocation(self) -> None:
-        # some versions of PyTorch go on allocating from the pool of a recording that broke off; others object to this
+    def _recording(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
+        # other threads may go on using the device meanwhile
+        return torch.cuda.graph(graph, pool, self._capture, capture_error_mode="thread_local")
+
+    def _clean_up(self) -> None:
+        """What some versions of PyTorch leave undone when a recording breaks off."""
+        # they go on allocating from its pool, and count it as one that uses the pool; others object to this
         for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):
             end = getattr(torch._C, name, None)
             if end is not None:
                 with suppress(RuntimeError):
                     end(self._capture.device_index, self._pool)
-                return
+                    torch._C._cuda_releasePool(self._capture.device_index, self._pool)
+                break
+        # the random state stays the broken recording's, and every draw or replay an error, until another one ends well
+        with self._recording(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=self._device)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """While a step is recorded: a weight that autocast has cast and cached is freed when autocast's context ends.
+
+    And while it is warmed up: a compiler compiles for this setting, and must not do so again while it is recorded.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -27,7 +27,7 @@ def prepared(name: str, network: Network, dtype: torch.dtype | None, channels_la
         compile: wrap it in ``torch.compile``.
 
     Raises:
-        TypeError: dtype is no dtype, or a plain callable should be converted.
+        TypeError: dtype is no dtype; or what is to be converted is a plain callable or a module that cannot be copied.
         ValueError: another dtype than float16, bfloat16 or float32.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -40,14 +40,19 @@ def prepared(name: str, network: Network, dtype: torch.dtype | None, channels_la
                 f"dtype and channels_last convert the parameters of an nn.Module, and the {name} is a plain callable: "
                 f"{type(network).__name__}"
             )
-        network = _converted(network, dtype, channels_last)
+        network = _converted(name, network, dtype, channels_last)
     elif compile and isinstance(network, nn.Module):
         network = _twin(network)
     return torch.compile(network) if compile else network
 
 
-def _converted(module: nn.Module, dtype: torch.dtype | None, channels_last: bool) -> nn.Module:
-    module = copy.deepcopy(module).requires_grad_(False)
+def _converted(name: str, module: nn.Module, dtype: torch.dtype | None, channels_last: bool) -> nn.Module:
+    try:
+        module = copy.deepcopy(module).requires_grad_(False)
+    except Exception as error:
+        raise TypeError(
+            f"dtype and channels_last convert a copy, and the {name} cannot be copied: {type(module).__name__}: {error}"
+        ) from error
     if dtype is not None:
         convert: Callable[[torch.dtype], Any] = getattr(module, "convert_dtype", module.to)
         convert(dtype)
@@ -57,13 +62,17 @@ def _converted(module: nn.Module, dtype: torch.dtype | None, channels_last: bool
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Another module over the same tensors, whose parameters ask for no gradient.
+    """Another module over the same tensors, whose parameters ask for no gradient; or the module itself.
 
     A compiled backward pass computes the gradient of every parameter that asks for one, whoever needs it.
     """
     memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:
+        # it holds what cannot be copied, as old weight normalisation does: its images are the same, its gradient slower
+        return module
 
 
 @contextmanager

@@ -78,11 +78,14 @@ class FDivSampler:
         diagnostics: record gradient norms and the classifier's confidence at every step.
         device: where to sample; the model's own if not given, or torch's default device for a plain callable.
         cuda_graph: record a whole step (model, classifier, its gradient, guidance) as one CUDA graph and replay it.
-            The first three steps of each kind and batch size run as usual; recordings are kept from one run to the
-            next, for as long as the settings, the networks and their parameters' places in memory stay. What the
-            networks and a ``cond_fn`` decide in Python is decided once: change anything there but the values of
-            tensors, and make a new sampler. Where no graph can be recorded (no CUDA device, torch.distributed in use,
-            a network that waits for the device) a RuntimeWarning says why, and sampling goes on without.
+            The first three steps of each kind and batch size run as usual, and the host waits for the device while the
+            fourth is recorded; recordings of the last eight batch sizes are kept from one run to the next, for as long
+            as the settings, the networks and their parameters' places in memory stay. What the networks and a
+            ``cond_fn`` decide in Python is decided once: change anything there but the values of tensors, and make a
+            new sampler. What they are given are buffers that the next step overwrites: one that keeps its input from
+            step to step must clone it. Where no graph can be recorded (no CUDA device, torch.distributed in use, a
+            network that waits for the device) a RuntimeWarning says why, and sampling goes on without; so does, with
+            no warning, a run that begins while another of the same sampler lasts (in another thread or a callback).
         compile: wrap the model and the classifier in ``torch.compile``.
         dtype: float16, bfloat16 or float32: run copies of the model and the classifier, converted; through their own
             ``convert_dtype`` where they have one. The images stay float32.
@@ -275,7 +278,7 @@ class FDivSampler:
             if graphs is None:
                 found = self._step(kind, state, inputs)
             else:
-                found = graphs.run(self._step, kind, state, inputs)
+                found = graphs.run(self._step, kind, inputs)
             if record is not None and found.diagnostics is not None:
                 record.values[index, :, run.images] = found.diagnostics
             yield Step(index, len(timeline), timestep, sigma, run.images, state.x_t, found.x0)
@@ -451,7 +454,8 @@ def _uploaded(draw: Tensor, device: torch.device) -> Tensor:
     """The draw on the device as float32; the host does not wait for its copy."""
     draw = draw.to(torch.float32)
     if device.type == "cuda" and draw.device.type == "cpu":
-        # a fresh page-locked buffer: the caller may write to the draw again before the copy is made
+        # a page-locked buffer of its own: the caller may write to the draw again before the copy is made. PyTorch keeps
+        # such buffers, and gives one out again once the device has read it
         return torch.empty_like(draw, pin_memory=True).copy_(draw).to(device, non_blocking=True)
     return draw.to(device)
 

@@ -16,6 +16,12 @@ from calguide_fast.ops.noise import sampling_noise
 SEEDS = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789])
 
 
+@pytest.fixture
+def seeds(backend) -> torch.Tensor:
+    """On the backend's device."""
+    return SEEDS.to(torch.get_default_device())
+
+
 def test_noise_is_the_same_on_every_backend():
     for shape, draw in (((3, 16, 16), 0), ((1, 5), 3), ((7,), 1000), ((3, 1, 1), 2**32 - 1)):
         with use_backend("reference"):
@@ -35,29 +41,29 @@ def test_noise_and_labels_are_frozen(backend):
     assert draw_labels(torch.arange(12), 1000).tolist() == [516, 27, 830, 204, 997, 387, 887, 495, 384, 634, 242, 768]
 
 
-def test_noise_depends_on_the_seed_alone(backend):
-    together = sampling_noise(SEEDS, (3, 5, 7), 4)
-    for b in range(len(SEEDS)):
-        assert torch.equal(sampling_noise(SEEDS[b : b + 1], (3, 5, 7), 4)[0], together[b])
-    assert torch.equal(sampling_noise(SEEDS.flip(0), (3, 5, 7), 4), together.flip(0))
-    assert torch.equal(sampling_noise(torch.stack([SEEDS, SEEDS], 1)[:, 1], (3, 5, 7), 4), together)
+def test_noise_depends_on_the_seed_alone(backend, seeds):
+    together = sampling_noise(seeds, (3, 5, 7), 4)
+    for b in range(len(seeds)):
+        assert torch.equal(sampling_noise(seeds[b : b + 1], (3, 5, 7), 4)[0], together[b])
+    assert torch.equal(sampling_noise(seeds.flip(0), (3, 5, 7), 4), together.flip(0))
+    assert torch.equal(sampling_noise(torch.stack([seeds, seeds], 1)[:, 1], (3, 5, 7), 4), together)
 
 
-def test_noise_counts_elements_in_order(backend):
+def test_noise_counts_elements_in_order(backend, seeds):
     """A larger image begins with the smaller one's numbers, as the counter is the element's index."""
-    assert torch.equal(sampling_noise(SEEDS, (10,), 0), sampling_noise(SEEDS, (3, 20), 0).flatten(1)[:, :10])
+    assert torch.equal(sampling_noise(seeds, (10,), 0), sampling_noise(seeds, (3, 20), 0).flatten(1)[:, :10])
 
 
-def test_every_coordinate_of_the_counter_matters(backend):
-    base = sampling_noise(SEEDS, (64,), 1)
+def test_every_coordinate_of_the_counter_matters(backend, seeds):
+    base = sampling_noise(seeds, (64,), 1)
     for other in (
-        sampling_noise(SEEDS + 1, (64,), 1),
-        sampling_noise(SEEDS, (64,), 2),
-        sampling_noise(SEEDS, (64,), 1, 2),
+        sampling_noise(seeds + 1, (64,), 1),
+        sampling_noise(seeds, (64,), 2),
+        sampling_noise(seeds, (64,), 1, 2),
     ):
         assert (other != base).float().mean() > 0.99
     # the key has 64 bits: seeds that differ in the upper half only
-    assert not torch.equal(sampling_noise(SEEDS[:1], (8,), 0), sampling_noise(SEEDS[:1] + 2**32, (8,), 0))
+    assert not torch.equal(sampling_noise(seeds[:1], (8,), 0), sampling_noise(seeds[:1] + 2**32, (8,), 0))
 
 
 def test_noise_is_standard_normal(backend):
@@ -86,9 +92,9 @@ def test_first_normals_are_frozen():
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,)])
-def test_small_shapes(shape, backend):
-    assert sampling_noise(SEEDS, shape, 0).shape == (6, *shape)
-    assert sampling_noise(SEEDS[:0], (3, 4), 0).shape == (0, 3, 4)
+def test_small_shapes(shape, backend, seeds):
+    assert sampling_noise(seeds, shape, 0).shape == (6, *shape)
+    assert sampling_noise(seeds[:0], (3, 4), 0).shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize(

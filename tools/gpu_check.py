@@ -1,17 +1,20 @@
-"""Everything that only a GPU can tell, in one JSON file: build, tests, compute-sanitizer, benchmarks.
+"""What only a GPU can tell, in one JSON file: build, tests, compute-sanitizer and, where asked for, benchmarks.
 
     python tools/gpu_check.py [--parts build,tests] [--out FILE] [--limit SECONDS]
 
-Each part runs in processes of its own and has its own limit of time; all of them together stay below ten minutes.
-Parts that are run one by one for the same GPU and commit are gathered in the same file. The exit status is 0 if every
-part that was run is in order, 1 if one is not, and 2 if there is no GPU.
+Each part runs in processes of its own and has its own limit of time. Where a single call may last ten minutes, make two
+of them: --parts build,tests and --parts triton,sanitizer. Parts that are run one by one for the same GPU and the same
+state of the code are gathered in the same file; where git does not tell that state, only those of one call. The exit
+status is 0 if every part that was run is in order, 1 if one is not, and 2 if there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -27,15 +30,25 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("calguide_fast", "csrc", "tests", "tools", "setup.py", "pyproject.toml")
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 
 # seconds; Triton compiles each of its kernels' variants, so that its tests stand apart
-LIMITS = {"build": 150, "tests": 110, "triton": 130, "sanitizer": 100, "bench": 90}
+LIMITS = {"build": 200, "tests": 200, "triton": 300, "sanitizer": 250, "bench": 90}
+# the benchmarks there are run on the CPU
+DEFAULT = ("build", "tests", "triton", "sanitizer")
+# for a command that is stopped to say what it found
+GRACE = 10
+# processes that compile Triton's variants side by side, where pytest-xdist is installed
+PROCESSES = 8
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def run(command: list[str], limit: float, **environment: str) -> dict[str, Any]:
-    """The outcome of a command: whether it succeeded, its time, the end of its output. Past the limit it is killed."""
+    """The outcome of a command: whether it succeeded, its time, the end of its output.
+
+    Past the limit it is interrupted, which lets pytest report what it has found so far; and, should it go on, killed.
+    """
     start = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -52,9 +65,14 @@ def run(command: list[str], limit: float, **environment: str) -> dict[str, Any]:
         status = f"exit status {process.returncode}"
     except subprocess.TimeoutExpired:
         # the command and whatever it started
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        status = f"killed after {limit:.0f} s"
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            output, _ = process.communicate(timeout=GRACE)
+            status = f"interrupted after {limit:.0f} s"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            status = f"killed after {limit:.0f} s"
     return {
         "ok": status == "exit status 0",
         "status": status,
@@ -75,17 +93,22 @@ def build(limit: float) -> dict[str, Any]:
 
 
 def tests(limit: float) -> dict[str, Any]:
-    return pytest_part("not triton", limit)
+    return pytest_part(["-k", "not triton"], limit)
 
 
 def triton(limit: float) -> dict[str, Any]:
-    return pytest_part("triton", limit)
+    return pytest_part(["-k", "triton", *side_by_side()], limit)
 
 
-def pytest_part(selection: str, limit: float) -> dict[str, Any]:
+def side_by_side() -> list[str]:
+    """Options of pytest; none where pytest-xdist is not installed."""
+    return ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") is not None else []
+
+
+def pytest_part(selection: list[str], limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        result = run([*PYTEST, "tests", "-m", "gpu", "-k", selection, f"--junit-xml={report}"], limit)
+        result = run([*PYTEST, "tests", "-m", "gpu", *selection, f"--junit-xml={report}"], limit)
         result |= junit_summary(report)
     # a run in which nothing was left to do shows nothing
     result["ok"] = result["ok"] and result.get("passed", 0) > 0
@@ -93,13 +116,17 @@ def pytest_part(selection: str, limit: float) -> dict[str, Any]:
 
 
 def junit_summary(report: Path) -> dict[str, Any]:
-    """Counts, the failures' names and first lines, and why tests were skipped; nothing if the run was cut short."""
-    if not report.exists():
+    """Counts, the failures' names and first lines, and why tests were skipped; nothing if pytest wrote no whole report.
+
+    Of a run that was interrupted these are the tests before that.
+    """
+    try:
+        suites = ElementTree.parse(report)
+    except (FileNotFoundError, ElementTree.ParseError):
         return {}
-    cases = list(ElementTree.parse(report).iter("testcase"))
     failures: dict[str, str] = {}
     skipped: dict[str, int] = {}
-    for case in cases:
+    for case in suites.iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         for kind in ("failure", "error"):
             if (found := case.find(kind)) is not None:
@@ -107,7 +134,9 @@ def junit_summary(report: Path) -> dict[str, Any]:
         if (found := case.find("skipped")) is not None:
             reason = found.get("message") or ""
             skipped[reason] = skipped.get(reason, 0) + 1
-    passed = len(cases) - len(failures) - sum(skipped.values())
+    # by pytest's own count, which leaves out the one that was interrupted
+    ended = sum(int(suite.get("tests", 0)) for suite in suites.iter("testsuite"))
+    passed = ended - len(failures) - sum(skipped.values())
     return {"passed": passed, "failed": len(failures), "failures": failures, "skipped": skipped}
 
 
@@ -119,11 +148,15 @@ def sanitizer(limit: float) -> dict[str, Any]:
             "status": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin",
             "seconds": 0.0,
         }
-    start, results = time.monotonic(), {}
+    start = time.monotonic()
+    results: dict[str, Any] = {}
     for name in SANITIZERS:
         command = [tool, "--tool", name, "--error-exitcode", "99", "--target-processes", "all"]
         command += [*PYTEST, "tests/gpu", "-m", "sanitizer"]
         left = limit - (time.monotonic() - start)
+        if left <= 0:
+            results[name] = {"ok": False, "status": "not started: no time was left", "seconds": 0.0}
+            continue
         # every tensor an allocation of its own, so that a step beyond it is seen
         results[name] = run(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         results[name] |= sanitizer_summary(results[name]["output"])
@@ -174,8 +207,20 @@ def machine() -> dict[str, Any]:
         "triton": version_of("triton"),
         "python": platform.python_version(),
         "commit": output_of("git", "rev-parse", "--short=12", "HEAD"),
-        "changed": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "changes": changes(),
     }
+
+
+def changes() -> str | None:
+    """A name for what differs from the commit, in files that git knows and in new ones beside them; None if nothing."""
+    difference = output_of("git", "diff", "--binary", "HEAD") or ""
+    new = output_of("git", "ls-files", "--others", "--exclude-standard", "--", *SOURCES) or ""
+    if not difference and not new:
+        return None
+    digest = hashlib.sha256(difference.encode())
+    for name in new.splitlines():
+        digest.update(name.encode() + (ROOT / name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def output_of(*command: str) -> str | None:
@@ -195,21 +240,41 @@ def version_of(package: str) -> str | None:
 
 def default_path(found: dict[str, Any]) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / f"{name}-{found['commit'] or 'unknown'}.json"
+    state = "-".join(filter(None, (found["commit"] or "unknown", found["changes"])))
+    return ROOT / "benchmarks" / "results" / f"{name}-{state}.json"
 
 
 def gathered(path: Path, found: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    """The new results, with those of other parts that the file holds of the same machine and commit."""
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    kept = earlier.get("parts", {}) if earlier.get("machine") == found else {}
+    """The new results, with those of other parts that the file holds of the same machine and state of the code."""
+    earlier = results_in(path)
+    kept = earlier["parts"] if found["commit"] is not None and earlier.get("machine") == found else {}
     parts = {name: (kept | parts)[name] for name in PARTS if name in kept | parts}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"ok": all(part["ok"] for part in parts.values()), "date": date, "machine": found, "parts": parts}
 
 
+def results_in(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if there is none, or if it holds no results."""
+    try:
+        held = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"gpu-check: {path} is damaged ({error}) and is written anew", file=sys.stderr)
+        return {}
+    return held if isinstance(held, dict) and isinstance(held.get("parts"), dict) else {}
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """All of it or nothing, whatever happens meanwhile."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default: all)")
+    parser.add_argument("--parts", default=",".join(DEFAULT), help=f"of {','.join(PARTS)} (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>-<commit>.json)")
     parser.add_argument("--limit", type=float, help=f"seconds for each part (default: {LIMITS})")
     options = parser.parse_args(given)
@@ -226,6 +291,11 @@ def main(given: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device is present, and all that is checked here needs one", file=sys.stderr)
         return 2
+    # a shell's background job ignores interruptions, and so would whatever is started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if (longest := sum(options.limit or LIMITS[name] for name in options.parts)) > 600:
+        print(f"gpu-check: this may last {longest:.0f} s; where a call may last 600, run --parts build,tests and")
+        print("gpu-check: --parts triton,sanitizer apart")
     found, parts = machine(), {}
     path = options.out or default_path(found)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +306,7 @@ def main(given: list[str] | None = None) -> int:
         if not parts[name]["ok"]:
             print(json.dumps(parts[name], indent=1, ensure_ascii=False)[:3000])
         # after each part, so that what was found stays if the next is cut short
-        path.write_text(json.dumps(gathered(path, found, parts), indent=1, ensure_ascii=False) + "\n")
+        write(path, gathered(path, found, parts))
     print(f"gpu-check: written to {path}")
     return 0 if all(part["ok"] for part in parts.values()) else 1
 

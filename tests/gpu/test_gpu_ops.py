@@ -202,6 +202,13 @@ def test_score_has_its_gradient(kernels):
     assert torch.equal(grad, guidance_gradient(logits.detach(), labels, "forward_kl").grad)
 
 
+@pytest.fixture
+def large() -> Iterator[None]:
+    """A test of large tensors, whose memory other processes may want afterwards."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def needs_memory(gib: int) -> None:
     found = torch.cuda.get_device_properties(0).total_memory / GIB
     if found < 80:
@@ -211,7 +218,7 @@ def needs_memory(gib: int) -> None:
         pytest.skip(f"{free:.0f} GiB of the GPU's memory are free, and the test takes {gib}")
 
 
-def test_logits_of_more_than_2_to_the_31_elements(kernels):
+def test_logits_of_more_than_2_to_the_31_elements(kernels, large):
     needs_memory(24)
     classes = 1 << 15
     logits = torch.empty((1 << 16) + 1, classes, dtype=torch.float16, device="cuda").normal_()
@@ -222,7 +229,7 @@ def test_logits_of_more_than_2_to_the_31_elements(kernels):
     assert torch.equal(found.grad[ends], expected.grad) and torch.equal(found.score[ends], expected.score)
 
 
-def test_images_of_more_than_2_to_the_31_elements(kernels):
+def test_images_of_more_than_2_to_the_31_elements(kernels, large):
     needs_memory(48)
     shape = ((1 << 11) + 1, 1, 1 << 10, 1 << 10)
     x_t = torch.empty(shape, device="cuda").normal_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def sample(digits: FDivSampler, steps="12", **options):
 
 
 def replayed(digits: FDivSampler) -> bool:
-    return digits._graphs is not None and any(r.replay is not None for r in digits._graphs._recordings.values())
+    rooms = {} if digits._graphs is None else digits._graphs._rooms
+    return any(recording.replay is not None for room in rooms.values() for recording in room.recordings.values())
 
 
 class Elementwise(nn.Module):
@@ -197,18 +199,66 @@ def test_a_network_that_waits_is_run_eagerly_and_the_device_goes_on(kernels):
     arguments = {"labels": [0, 1, 2], "seeds": range(3), "steps": 9, "progress": False}
     expected = FDivSampler(model, guide, sine_boost=0.3).sample(**arguments).images
     digits = FDivSampler(model, guide, sine_boost=0.3, cuda_graph=True)
+    earlier = elementwise(cuda_graph=True)
+    earlier_images = earlier.sample(**arguments).images
     stream = torch.cuda.current_stream()
     with pytest.warns(RuntimeWarning, match="a step cannot be recorded") as caught:
         found = [digits.sample(**arguments).images for _ in range(2)]
     assert len([warning for warning in caught if "cuda_graph" in str(warning.message)]) == 1
     assert all(torch.equal(images, expected) for images in found)
-    # nothing of the broken recording stays: stream, allocator, further recordings
+    # nothing of the broken recording stays: random state, stream, allocator, further recordings
+    assert torch.randn(1, device="cuda").isfinite().all()
     assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
+    assert torch.equal(earlier.sample(**arguments).images, earlier_images), "recorded before, replayed after"
     other = elementwise(cuda_graph=True)
     assert torch.equal(other.sample(**arguments).images, elementwise().sample(**arguments).images)
     assert replayed(other)
+
+
+class Interrupted(Elementwise):
+    """Ctrl-C while a step is recorded."""
+
+    calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        made = super().forward(x, t)
+        if self.calls == 4:
+            raise KeyboardInterrupt
+        return made
+
+
+def test_an_interrupted_recording_leaves_the_device_in_order(kernels):
+    digits, guide = Interrupted().cuda().eval(), Averages().cuda().eval()
+    arguments = {"labels": [0, 1, 2], "seeds": range(3), "steps": 9, "progress": False}
+    recorded = FDivSampler(digits, guide, cuda_graph=True)
+    with pytest.raises(KeyboardInterrupt):
+        recorded.sample(**arguments)
+    assert torch.randn(1, device="cuda").isfinite().all() and not torch.cuda.is_current_stream_capturing()
+    expected = FDivSampler(Elementwise().cuda().eval(), guide).sample(**arguments).images
+    assert torch.equal(recorded.sample(**arguments).images, expected)
+    assert replayed(recorded)
+
+
+def test_threads_record_and_replay_in_turn(kernels):
+    arguments = {"labels": [0, 1, 2], "seeds": range(3), "steps": 20, "progress": False}
+    expected = elementwise().sample(**arguments).images
+    samplers = [elementwise(cuda_graph=True) for _ in range(4)]
+    torch.cuda.synchronize()
+
+    def runs(digits):
+        # each on a stream of its own; the first run of one records while the second of another replays
+        with torch.cuda.stream(torch.cuda.Stream()):
+            images = [digits.sample(**arguments).images for _ in range(3)]
+            torch.cuda.current_stream().synchronize()
+        return images
+
+    with ThreadPoolExecutor(len(samplers)) as pool:
+        found = [images for several in pool.map(runs, samplers) for images in several]
+    assert all(replayed(digits) for digits in samplers)
+    assert len(found) == 12 and all(torch.equal(images, expected) for images in found)
 
 
 def test_parameters_that_move_are_recorded_anew(kernels):

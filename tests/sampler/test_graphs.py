@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import threading
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -229,18 +231,173 @@ def test_a_network_that_waits_is_run_eagerly_and_said_so(recorders):
     assert recorders[0].replays == 0 and recorders[0].attempts == 1
 
 
-def test_a_recording_that_breaks_off_names_the_first_error(recorders, monkeypatch):
-    def break_off(self, call):
+class Fails(ToyUNet):
+    """A model whose fourth call fails, which is the one that is recorded; ``meanwhile`` is called before."""
+
+    def __init__(self, error=None, meanwhile=lambda: None):
+        super().__init__()
+        self.error, self.meanwhile, self.calls, self.seen = error, meanwhile, 0, []
+
+    def forward(self, x, t):
+        self.calls += 1
+        made = super().forward(x, t)
+        self.seen.append(weakref.ref(made))
+        if self.calls == graphs.WARM_UP + 1:
+            self.meanwhile()
+            if self.error is not None:
+                raise self.error()
+        return made
+
+
+def failing(*arguments) -> Fails:
+    torch.manual_seed(1)
+    return Fails(*arguments).eval()
+
+
+def breaks_off_with_an_error_of_its_own(record):
+    def recording(self, call):
         try:
-            raise RuntimeError("operation not permitted")
-        except RuntimeError:
+            return record(self, call)
+        except BaseException:
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
-    monkeypatch.setattr(TapeRecorder, "record", break_off)
-    sampler = sampler_of({}, cuda_graph=True)
-    with pytest.warns(RuntimeWarning, match="recorded: RuntimeError: operation not permitted$"):
-        found = run(sampler)
-    assert_same_bits(found, run(sampler_of({})))
+    return recording
+
+
+def test_a_recording_that_breaks_off_names_the_first_error(recorders, monkeypatch):
+    monkeypatch.setattr(TapeRecorder, "record", breaks_off_with_an_error_of_its_own(TapeRecorder.record))
+    sampler = FDivSampler(failing(lambda: RuntimeError("not permitted\nfor debugging")), classifier(), cuda_graph=True)
+    with pytest.warns(RuntimeWarning, match="recorded: RuntimeError: not permitted$"):
+        try:
+            raise KeyError("of the caller, who is in the middle of something")
+        except KeyError:
+            found = run(sampler)
+    assert_same_bits(found, run(FDivSampler(unet(), classifier())))
+
+
+def test_an_interruption_is_not_swallowed(recorders, monkeypatch):
+    monkeypatch.setattr(TapeRecorder, "record", breaks_off_with_an_error_of_its_own(TapeRecorder.record))
+    sampler = FDivSampler(failing(KeyboardInterrupt), classifier(), sine_boost=0.3, cuda_graph=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(sampler)
+    assert_same_bits(run(sampler), run(FDivSampler(unet(), classifier(), sine_boost=0.3)))
+    assert recorders[0].replays == STEPS
+
+
+def test_nothing_of_a_broken_recording_is_held_while_the_step_is_made(recorders):
+    model = failing(lambda: RuntimeError("not permitted"))
+    alive = []
+    model.register_forward_pre_hook(lambda *_: alive.append([made() is not None for made in model.seen]))
+    gc.disable()
+    try:
+        with pytest.warns(RuntimeWarning, match="not permitted"):
+            run(FDivSampler(model, classifier(), cuda_graph=True))
+    finally:
+        gc.enable()
+    # the retry is the call after the one that failed
+    assert alive[graphs.WARM_UP + 1] == [False] * (graphs.WARM_UP + 1)
+
+
+def test_memory_that_runs_out_is_asked_for_again_at_the_next_run(recorders):
+    model = failing(lambda: torch.OutOfMemoryError("CUDA out of memory."))
+    sampler, expected = FDivSampler(model, classifier(), cuda_graph=True), run(FDivSampler(unet(), classifier()))
+    with pytest.warns(RuntimeWarning, match="OutOfMemoryError: CUDA out of memory.; the next run tries again"):
+        assert_same_bits(run(sampler), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert_same_bits(run(sampler), expected)
+    assert recorders[0].replays == 0 and recorders[1].replays == STEPS - graphs.WARM_UP
+
+
+def test_no_thread_replays_while_another_records(recorders):
+    """Two samplers: the one is ready to replay when the other records."""
+    ready, begun, events = sampler_of({}, cuda_graph=True), threading.Event(), []
+    expected = run(ready)
+    results = []
+
+    def replays():
+        begun.wait(60)
+        results.append(run(ready))
+
+    thread = threading.Thread(target=replays)
+    thread.start()
+
+    def meanwhile():
+        begun.set()
+        before = recorders[0].replays
+        # long enough for a whole run, were it not held up
+        thread.join(1)
+        events.append((recorders[0].replays - before, thread.is_alive()))
+
+    run(FDivSampler(failing(None, meanwhile), classifier(), cuda_graph=True))
+    thread.join(60)
+    assert events == [(0, True)] and not thread.is_alive()
+    assert_same_bits(results[0], expected)
+
+
+def test_the_shapes_used_last_are_kept(recorders):
+    sampler, eager = sampler_of({}, cuda_graph=True), sampler_of({})
+    sizes = [*range(1, graphs.KEPT + 2), 2, 1]
+    for size in sizes:
+        images = [one.sample([1] * size, range(size), 5, progress=False).images for one in (sampler, eager)]
+        assert torch.equal(*images)
+        assert len(sampler._graphs._rooms) <= graphs.KEPT
+    # the smallest was dropped for the largest, and is recorded again; the next was still there
+    assert len(recorders[0].recorded) == graphs.KEPT + 2
+
+
+class Around(torch.Tensor):
+    """A subclass without data of its own, around another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = [value.inner if isinstance(value, Around) else value for value in args]
+        return func(*args, **(kwargs or {}))
+
+
+class Flat(Around):
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+
+@pytest.mark.parametrize("make", [Around, torch.Tensor.to_sparse], ids=["subclass", "sparse"])
+def test_a_tensor_that_does_not_tell_its_place_is_no_error(make, recorders):
+    sampler = sampler_of({"model_kwargs": {"shift": make(torch.zeros(1, 1, 6, 6))}}, cuda_graph=True)
+    with pytest.warns(RuntimeWarning, match="does not tell its place in memory"), sampler._borrowed_graphs() as found:
+        assert found is None
+    assert recorders == []
+
+
+def test_a_subclass_has_the_places_of_the_tensors_in_it():
+    inner = torch.ones(3)
+    shift = Flat(inner)
+
+    def fixed():
+        return graphs._Fixed.now(torch.device("cpu"), [shift])
+
+    before = fixed()
+    assert None not in before.places and fixed().is_same(before)
+    shift.inner = torch.ones(3)
+    assert not fixed().is_same(before)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w.t(), lambda w: w.view(torch.int32), lambda w: w.view(2, 8), lambda w: w.clone()]
+)
+def test_a_parameter_that_is_read_otherwise_has_moved(change):
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    before = graphs._Fixed.now(torch.device("cpu"), [module])
+    assert graphs._Fixed.now(torch.device("cpu"), [module]).is_same(before)
+    module.weight.data = change(module.weight.data)
+    assert not graphs._Fixed.now(torch.device("cpu"), [module]).is_same(before)
 
 
 def test_other_settings_are_tried_again(recorders):
@@ -297,8 +454,8 @@ def streams(monkeypatch):
             stack.append(self.stream)
 
         def __exit__(self, *error):
-            if error[0] is not None:
-                # and the stream stays, as with PyTorch
+            if error[0] is RuntimeError:
+                # of CUDA; and the stream stays, as with PyTorch
                 raise RuntimeError("operation failed due to a previous error during capture")
             stack.pop()
 
@@ -317,7 +474,12 @@ def streams(monkeypatch):
     fakes["current_stream"] = lambda device: stack[-1]
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *ended: asked.append(ended), raising=False)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given, name=name: asked.append((name, *given)), raising=False)
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *size, device=None: asked.append((str(device), stack[-1])) or zeros(size)
+    )
     return stack, asked
 
 
@@ -331,17 +493,41 @@ def test_streams_are_taken_in_turn_and_given_back(streams):
     assert recorded[0][0] not in (aside[0], stack[0]) and recorded[0][1] is False
     assert len(stack) == 1 and asked == [("pool", "thread_local")] and torch.is_autocast_cache_enabled()
 
-    def breaks_off():
-        raise ValueError("not permitted")
+    for error, raised in ((RuntimeError("not permitted"), "previous error"), (KeyboardInterrupt("enough"), "enough")):
 
-    with pytest.raises(RuntimeError, match="previous error") as raised:
-        recorder.record(breaks_off)
-    assert "not permitted" in str(raised.value.__context__)
-    assert len(stack) == 1 and asked[-1] == (0, "pool") and torch.is_autocast_cache_enabled()
+        def breaks_off(error=error):
+            raise error
+
+        asked.clear()
+        with pytest.raises(type(error), match=raised):
+            recorder.record(breaks_off)
+        assert len(stack) == 1 and torch.is_autocast_cache_enabled()
+        # the pool is given back; and something trivial is recorded, apart from it, to bring the random state back
+        ended = ("_cuda_endAllocateToPool", 0, "pool"), ("_cuda_releasePool", 0, "pool")
+        kernel = ("cuda:0", recorded[0][0])
+        assert asked == [("pool", "thread_local"), *ended, (None, "thread_local"), kernel]
     stack[0] = other = Stream("other")
     recorder.follow()
     recorder.follow()
     assert other.waited == ["current"], "once, for the stream that used the buffers last"
+
+
+def test_what_is_compiled_is_not_compiled_again_while_it_is_recorded(streams):
+    """Dynamo compiles for a setting of autocast's cache, which a recording turns off; and may not compile under one."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def count(module, inputs):
+        compiled.append(module)
+        return module
+
+    recorder = graphs.CudaRecorder(torch.device("cuda", 0))
+    x, step = torch.ones(3), torch.compile(lambda x: torch.tanh(2 * x), backend=count)
+    for _ in range(graphs.WARM_UP):
+        recorder.aside(lambda: step(x))
+    assert len(compiled) == 1 and torch.is_autocast_cache_enabled()
+    recorder.record(lambda: step(x))
+    assert len(compiled) == 1
 
 
 def test_recordings_end_with_their_sampler(recorders):
@@ -437,6 +623,10 @@ def test_the_watch_sees_a_wait():
     assert "aten._local_scalar_dense.default" in watch.bad and "aten.lift_fresh.default" in watch.bad
 
 
-def test_a_copy_of_the_sampler_is_its_own(recorders):
-    sampler = sampler_of({}, cuda_graph=False)
-    assert torch.equal(run(copy.deepcopy(sampler))[0].images, run(sampler)[0].images)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_copy_of_the_sampler_is_its_own(cuda_graph, duplicate, recorders):
+    sampler = sampler_of({}, cuda_graph=cuda_graph)
+    expected = run(sampler)
+    assert_same_bits(run(duplicate(sampler)), expected)
+    assert len(recorders) == 2 * cuda_graph and all(recorder.replays > 0 for recorder in recorders)

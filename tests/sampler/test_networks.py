@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -109,6 +110,24 @@ def test_a_plain_callable_may_be_compiled_and_not_converted(traced):
             FDivSampler(halve, shape=(3, 6, 6), **options)
         with pytest.raises(TypeError, match="the classifier is a plain callable: function"):
             FDivSampler(unet(), lambda x: x, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_what_cannot_be_copied_is_compiled_itself_and_not_converted(traced):
+    """Old weight normalisation keeps a weight that is no leaf."""
+    model, guide = unet(), classifier()
+    torch.nn.utils.weight_norm(model.first)
+    torch.nn.utils.weight_norm(guide.conv)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(guide)
+    expected = images(FDivSampler(model, guide))
+    guide(torch.zeros(1, 3, 6, 6))  # with a gradient
+    before = state(guide)
+    assert torch.allclose(images(FDivSampler(model, guide, compile=True)), expected, atol=1e-5)
+    assert_left_alone(guide, before)
+    for options in ({"dtype": torch.bfloat16}, {"channels_last": True, "compile": True}):
+        with pytest.raises(TypeError, match="the classifier cannot be copied: ToyClassifier: Only Tensors created"):
+            FDivSampler(unet(), guide, **options)
 
 
 def test_wrong_dtypes():
