@@ -3,6 +3,7 @@
 from calguide_fast.backends import backend_report, use_backend
 from calguide_fast.guidance import Guidance
 from calguide_fast.ops.guidance import GuidanceGradient, guidance_gradient, guidance_score
+from calguide_fast.ops.smooth_ece import SmoothECE, smooth_ece, smooth_ece_from_logits
 from calguide_fast.ops.step import guided_step, predict_x0
 from calguide_fast.ops.tilt import tilt_weights
 from calguide_fast.sampler import FDivSampler
@@ -15,11 +16,14 @@ __all__ = [
     "Guidance",
     "GuidanceGradient",
     "Samples",
+    "SmoothECE",
     "backend_report",
     "guidance_gradient",
     "guidance_score",
     "guided_step",
     "predict_x0",
+    "smooth_ece",
+    "smooth_ece_from_logits",
     "tilt_weights",
     "use_backend",
 ]
