@@ -12,6 +12,7 @@ integral's derivatives are those at fixed s_k.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def _doubled(series: Tensor) -> Tensor:
     return torch.cat([series[:1], 2 * series[1:]])
 
 
-def _sum_over(values: Tensor, places: Tensor, k: Tensor, wave) -> Tensor:
+def _sum_over(values: Tensor, places: Tensor, k: Tensor, wave: Callable[[Tensor], Tensor]) -> Tensor:
     """Σ_i values_i wave(π k places_i) for every k."""
     step = max(1, CHUNK // len(k))
     total = torch.zeros_like(k)
@@ -125,7 +126,7 @@ def _sum_over(values: Tensor, places: Tensor, k: Tensor, wave) -> Tensor:
     return total
 
 
-def _evaluate(series: Tensor, places: Tensor, wave) -> Tensor:
+def _evaluate(series: Tensor, places: Tensor, wave: Callable[[Tensor], Tensor]) -> Tensor:
     """Σ_k series_k wave(π k places_i) for every i."""
     k = torch.arange(len(series), dtype=series.dtype, device=series.device)
     step = max(1, CHUNK // len(k))
