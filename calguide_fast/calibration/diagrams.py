@@ -34,8 +34,9 @@ def reliability_diagram(
 ) -> Figure:
     """Draw the reliability curve: accuracy over confidence, as wide as there are samples, with its bootstrap band.
 
-    Above the diagonal a classifier is less sure than it is right, below it is overconfident. The shading at the bottom
-    is the density of the confidences; the cross marks their mean and the accuracy.
+    At confidence t the curve is at t + the smoothed gap between accuracy and confidence. Above the diagonal a classifier
+    is less sure than it is right, below it is overconfident; the distance from the diagonal, weighted by the density,
+    is the smooth ECE. The shading at the bottom is that density; the cross marks the mean confidence and the accuracy.
 
     Args:
         confidence: (n,) in 0..1, or a :class:`ReliabilityCurve` that is already there.
@@ -98,17 +99,18 @@ def calibration_diagram(
 def _draw_reliability(axes: Axes, curve: ReliabilityCurve, color: str) -> None:
     from matplotlib.collections import LineCollection
 
-    t, accuracy, low, high, density = (part.numpy() for part in curve[:5])
+    t, confidence, accuracy, low, high, density = (part.numpy() for part in curve[:6])
     axes.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), aspect="equal")
     # a fifth of the height for the highest density
     axes.fill_between(t, 0, 0.2 * density / density.max(), color=_GREY, alpha=0.25, linewidth=0)
     axes.plot([0, 1], [0, 1], linestyle="--", color=_GREY, linewidth=1)
-    axes.fill_between(t, low, high, color=color, alpha=0.18, linewidth=0)
-    points = np.stack([t, accuracy], 1)
+    gap = accuracy - confidence
+    axes.fill_between(t, t + low, t + high, color=color, alpha=0.18, linewidth=0)
+    points = np.stack([t, t + gap], 1)
     pieces = np.stack([points[:-1], points[1:]], 1)
     seen = ~np.isnan(pieces).any((1, 2))
     # the root keeps a line visible where samples are few
-    widths = 0.8 + 5 * np.sqrt(density / density.max())
+    widths = 0.8 + 3.5 * np.sqrt(density / density.max())
     axes.add_collection(
         LineCollection(list(pieces[seen]), linewidths=widths[:-1][seen], colors=color, capstyle="round")
     )

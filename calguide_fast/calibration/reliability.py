@@ -14,18 +14,19 @@ from calguide_fast.ops.smooth_ece import smooth_ece
 
 ArrayLike = Tensor | np.ndarray
 
-_CELLS_PER_BANDWIDTH = 64
+_CELLS_PER_BANDWIDTH = 32
 _FEWEST_NEIGHBOURS = 0.1
 
 
 class ReliabilityCurve(NamedTuple):
-    """A reliability curve over m confidences from 0 to 1; float64 tensors on the CPU."""
+    """What the samples about each of m places t are like; float64 tensors on the CPU."""
 
-    confidence: Tensor  # (m,) t
-    accuracy: Tensor  # (m,) share of right answers among samples about that sure; NaN where there are none
-    low: Tensor  # (m,) the bootstrap band of the accuracy
+    t: Tensor  # (m,) from 0 to 1
+    confidence: Tensor  # (m,) mean confidence about t; NaN where there are no samples
+    accuracy: Tensor  # (m,) share of right answers about t; NaN where there are no samples
+    low: Tensor  # (m,) the bootstrap band of the gap accuracy − confidence
     high: Tensor  # (m,)
-    density: Tensor  # (m,) of the confidences; integrates to 1
+    density: Tensor  # (m,) of the confidences at t; integrates to 1
     smooth_ece: float
     bandwidth: float  # σ of the kernel
     mean_confidence: float
@@ -45,10 +46,15 @@ def reliability_curve(
 ) -> ReliabilityCurve:
     """Kernel-smoothed accuracy over confidence, at the smooth ECE's own bandwidth.
 
-    accuracy(t) = Σ_i K_σ(t, f_i) y_i / Σ_i K_σ(t, f_i), density(t) = (1/n) Σ_i K_σ(t, f_i), K the Gaussian reflected at
-    0 and 1, so that no mass is lost there. The accuracy is NaN where fewer than a tenth of a sample (a neighbour at
-    distance d counts exp(−d²/2σ²)) is near. Samples are summed up in cells of σ/64 at their mean confidence, which
-    moves the curve by some 1e-5 of itself; their number costs little.
+    With K the Gaussian reflected at 0 and 1, so that no mass is lost there,
+
+        density(t) = (1/n) Σ_i K_σ(t, f_i),  confidence(t), accuracy(t) = means of f_i and y_i weighted by K_σ(t, f_i),
+
+    so that the gap between the two, ∫ |accuracy − confidence| density dt, is the smooth ECE itself, and a calibrated
+    classifier's accuracy(t) is its confidence(t). (That is not t wherever the density is steep: near 1, most samples of
+    a saturated classifier are on one side.) Both are NaN where less than a tenth of a sample is near,
+    one at distance d counted as exp(−d²/2σ²). Samples are summed up in cells of σ/32 at their mean confidence, which
+    blurs K by less than 1e-4 of its width.
 
     Args:
         confidence: (n,) in 0..1, tensor or array; n ≥ 1.
@@ -77,15 +83,18 @@ def reliability_curve(
     cells, places = _cells(f, y, sigma)
     grid = np.linspace(0, 1, points)
     kernel = reflected_gaussian(grid, places, sigma)
-    density, accuracy = _smoothed(kernel, cells, sigma)
+    density, confidences, accuracies = _smoothed(kernel, cells, places, sigma)
     low = high = np.full(points, np.nan)
     if bootstrap:
         resampled = np.random.default_rng(seed).multinomial(len(f), cells.ravel() / len(f), size=bootstrap)
-        _, curves = _smoothed(kernel, resampled.reshape(bootstrap, *cells.shape).astype(np.float64), sigma)
-        low, high = (_quantiles(curves, 0.5 + side * level / 2, where=~np.isnan(accuracy)) for side in (-1, 1))
+        resampled = resampled.reshape(bootstrap, *cells.shape).astype(np.float64)
+        _, near, right = _smoothed(kernel, resampled, places, sigma)
+        seen = ~np.isnan(accuracies)
+        low, high = (_quantiles(right - near, 0.5 + side * level / 2, seen) for side in (-1, 1))
     return ReliabilityCurve(
-        confidence=torch.from_numpy(grid),
-        accuracy=torch.from_numpy(accuracy),
+        t=torch.from_numpy(grid),
+        confidence=torch.from_numpy(confidences),
+        accuracy=torch.from_numpy(accuracies),
         low=torch.from_numpy(low),
         high=torch.from_numpy(high),
         density=torch.from_numpy(density),
@@ -99,12 +108,12 @@ def reliability_curve(
 
 def reflected_gaussian(t: np.ndarray, x: np.ndarray, sigma: float) -> np.ndarray:
     """K_σ(t, x), (len(t), len(x)): the Gaussian about x with its tails folded back into 0..1."""
-    # the image of x behind k reflections lies some k away; 9σ is further than double precision sees
-    reach = math.ceil(9 * sigma / 2)
+    # images 1, 2, … to the left and right fill one unit each; 9σ is further than double precision sees
+    reach = 1 + math.floor(9 * sigma)
     kernel = np.zeros((len(t), len(x)))
-    for shift in range(-reach, reach + 1):
-        for image in (x, -x):
-            kernel += np.exp(-0.5 * ((t[:, None] - image - 2 * shift) / sigma) ** 2)
+    for unit in range(-reach, reach + 1):
+        image = unit + (x if unit % 2 == 0 else 1 - x)
+        kernel += np.exp(-0.5 * ((t[:, None] - image) / sigma) ** 2)
     return kernel / (sigma * math.sqrt(2 * math.pi))
 
 
@@ -117,19 +126,20 @@ def _cells(f: np.ndarray, y: np.ndarray, sigma: float) -> tuple[np.ndarray, np.n
     return np.stack([total - right, right]), np.bincount(cell, weights=f) / total
 
 
-def _smoothed(kernel: np.ndarray, cells: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Density and accuracy (..., m) of counts (..., 2, k), by a kernel (m, k)."""
-    wrong, right = np.moveaxis(cells @ kernel.T, -2, 0)
-    total = wrong + right
+def _smoothed(
+    kernel: np.ndarray, cells: np.ndarray, places: np.ndarray, sigma: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Density, confidence and accuracy (..., m) of counts (..., 2, k) at places (k,), by a kernel (m, k)."""
+    count = cells.sum(-2)
+    total, confidence, right = (part @ kernel.T for part in (count, count * places, cells[..., 1, :]))
     peak = 1 / (sigma * math.sqrt(2 * math.pi))
-    enough = total >= _FEWEST_NEIGHBOURS * peak
-    accuracy = np.divide(right, total, out=np.full_like(total, np.nan), where=enough)
-    return total / cells.sum((-2, -1), keepdims=True)[..., 0], accuracy
+    total_or_nan = np.where(total >= _FEWEST_NEIGHBOURS * peak, total, np.nan)
+    return total / count.sum(-1, keepdims=True), confidence / total_or_nan, right / total_or_nan
 
 
-def _quantiles(curves: np.ndarray, q: float, where: np.ndarray) -> np.ndarray:
-    """The quantile of each column's numbers; NaN elsewhere than `where`, and where a column has none."""
-    chosen = where & ~np.isnan(curves).all(0)
+def _quantiles(curves: np.ndarray, q: float, seen: np.ndarray) -> np.ndarray:
+    """The quantile of each column's numbers; NaN where it has none, or none were `seen`."""
+    chosen = seen & ~np.isnan(curves).all(0)
     found = np.full(curves.shape[1], np.nan)
     found[chosen] = np.nanquantile(curves[:, chosen], q, axis=0)
     return found

@@ -29,7 +29,7 @@ class VectorScaling(nn.Module):
 
     Args:
         num_classes: of the logits, C.
-        penalty: > 0, in samples: its inverse is the variance of a Gaussian prior on each w_c − 1 and b_c.
+        penalty: > 0: its inverse is the variance of a Gaussian prior on each w_c − 1 and b_c.
 
     Attributes:
         weight, bias: (C,) float64 buffers; saved with the module.
@@ -44,7 +44,7 @@ class VectorScaling(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, num_classes: int, penalty: float = 1e-2) -> None:
+    def __init__(self, num_classes: int, penalty: float = 1.0) -> None:
         super().__init__()
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes={num_classes!r} must be a positive integer")
