@@ -34,8 +34,8 @@ def reliability_diagram(
 ) -> Figure:
     """Draw the reliability curve: accuracy over confidence, as wide as there are samples, with its bootstrap band.
 
-    At confidence t the curve is at t + the smoothed gap between accuracy and confidence. Above the diagonal a classifier
-    is less sure than it is right, below it is overconfident; the distance from the diagonal, weighted by the density,
+    At confidence t the curve is at t + the smoothed gap between accuracy and confidence. Above the diagonal a
+    classifier is less sure than it is right, below it is overconfident; the distance from the diagonal, weighted by the density,
     is the smooth ECE. The shading at the bottom is that density; the cross marks the mean confidence and the accuracy.
 
     Args:
@@ -105,7 +105,7 @@ def _draw_reliability(axes: Axes, curve: ReliabilityCurve, color: str) -> None:
     axes.fill_between(t, 0, 0.2 * density / density.max(), color=_GREY, alpha=0.25, linewidth=0)
     axes.plot([0, 1], [0, 1], linestyle="--", color=_GREY, linewidth=1)
     gap = accuracy - confidence
-    axes.fill_between(t, t + low, t + high, color=color, alpha=0.18, linewidth=0)
+    axes.fill_between(t, (t + low).clip(0, 1), (t + high).clip(0, 1), color=color, alpha=0.18, linewidth=0)
     points = np.stack([t, t + gap], 1)
     pieces = np.stack([points[:-1], points[1:]], 1)
     seen = ~np.isnan(pieces).any((1, 2))

@@ -180,9 +180,14 @@ def _resolve_loss(loss: str | Loss | None) -> Loss:
 
 @contextmanager
 def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.manual_seed(seed)
+    # torch.manual_seed would seed every device's generator, and only those named are put back
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.default_generator.manual_seed(seed)
+        if not on_cpu:
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
         yield
 
 

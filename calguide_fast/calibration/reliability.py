@@ -53,8 +53,8 @@ def reliability_curve(
     so that the gap between the two, ∫ |accuracy − confidence| density dt, is the smooth ECE itself, and a calibrated
     classifier's accuracy(t) is its confidence(t). (That is not t wherever the density is steep: near 1, most samples of
     a saturated classifier are on one side.) Both are NaN where less than a tenth of a sample is near,
-    one at distance d counted as exp(−d²/2σ²). Samples are summed up in cells of σ/32 at their mean confidence, which
-    blurs K by less than 1e-4 of its width.
+    one at distance d counted as exp(−d²/2σ²). Samples of one outcome are summed up in cells of σ/32 at their mean
+    confidence, which blurs K by less than 1e-4 of its width.
 
     Args:
         confidence: (n,) in 0..1, tensor or array; n ≥ 1.
@@ -80,15 +80,14 @@ def reliability_curve(
     value, sigma = (float(figure) for figure in smooth_ece(confidence.double(), correct, bandwidth))
 
     f, y = confidence.double().numpy(), correct.double().numpy()
-    cells, places = _cells(f, y, sigma)
+    cells = _cells(f, y, sigma)
     grid = np.linspace(0, 1, points)
-    kernel = reflected_gaussian(grid, places, sigma)
-    density, confidences, accuracies = _smoothed(kernel, cells, places, sigma)
+    kernel = reflected_gaussian(grid, cells.place, sigma)
+    density, confidences, accuracies = _smoothed(kernel, cells, cells.count, sigma)
     low = high = np.full(points, np.nan)
     if bootstrap:
-        resampled = np.random.default_rng(seed).multinomial(len(f), cells.ravel() / len(f), size=bootstrap)
-        resampled = resampled.reshape(bootstrap, *cells.shape).astype(np.float64)
-        _, near, right = _smoothed(kernel, resampled, places, sigma)
+        resampled = np.random.default_rng(seed).multinomial(len(f), cells.count / len(f), size=bootstrap)
+        _, near, right = _smoothed(kernel, cells, resampled, sigma)
         seen = ~np.isnan(accuracies)
         low, high = (_quantiles(right - near, 0.5 + side * level / 2, seen) for side in (-1, 1))
     return ReliabilityCurve(
@@ -117,21 +116,27 @@ def reflected_gaussian(t: np.ndarray, x: np.ndarray, sigma: float) -> np.ndarray
     return kernel / (sigma * math.sqrt(2 * math.pi))
 
 
-def _cells(f: np.ndarray, y: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Counts (2, k) of wrong and right samples in the cells that hold any, and the cells' mean confidences (k,)."""
+class _Cells(NamedTuple):
+    """Samples of one outcome that lie close together, k groups of them."""
+
+    place: np.ndarray  # (k,) mean confidence
+    right: np.ndarray  # (k,) the outcome, 0.0 or 1.0
+    count: np.ndarray  # (k,)
+
+
+def _cells(f: np.ndarray, y: np.ndarray, sigma: float) -> _Cells:
     cell = np.floor(f * _CELLS_PER_BANDWIDTH / sigma).astype(np.int64)
-    _, cell = np.unique(cell, return_inverse=True)
-    total = np.bincount(cell)
-    right = np.bincount(cell, weights=y)
-    return np.stack([total - right, right]), np.bincount(cell, weights=f) / total
+    kinds, cell = np.unique(2 * cell + (y == 1), return_inverse=True)
+    count = np.bincount(cell)
+    return _Cells(np.bincount(cell, weights=f) / count, kinds % 2.0, count)
 
 
 def _smoothed(
-    kernel: np.ndarray, cells: np.ndarray, places: np.ndarray, sigma: float
+    kernel: np.ndarray, cells: _Cells, count: np.ndarray, sigma: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Density, confidence and accuracy (..., m) of counts (..., 2, k) at places (k,), by a kernel (m, k)."""
-    count = cells.sum(-2)
-    total, confidence, right = (part @ kernel.T for part in (count, count * places, cells[..., 1, :]))
+    """Density, confidence and accuracy (..., m) of so many samples (..., k) in the cells, by a kernel (m, k)."""
+    # in floating point the products are BLAS's
+    total, confidence, right = (count * value @ kernel.T for value in (1.0, cells.place, cells.right))
     peak = 1 / (sigma * math.sqrt(2 * math.pi))
     total_or_nan = np.where(total >= _FEWEST_NEIGHBOURS * peak, total, np.nan)
     return total / count.sum(-1, keepdims=True), confidence / total_or_nan, right / total_or_nan

@@ -127,7 +127,7 @@ class _Objective:
         hessian = self.ridge * torch.eye(len(parameters), dtype=torch.float64, device=parameters.device)
         for scaled, logits, labels in self._blocks(parameters):
             p = scaled.softmax(1) / len(self.labels)
-            right = F.one_hot(labels, scaled.shape[1]) / len(self.labels)
+            right = F.one_hot(labels, scaled.shape[1]).double() / len(self.labels)
             gradient = gradient + torch.cat([((p - right) * logits).sum(0), (p - right).sum(0)])
             # of each sample diag(p) − p pᵀ, on both sides times (f, 1)
             on_diagonal = [(p * logits * logits).sum(0).diag(), (p * logits).sum(0).diag(), p.sum(0).diag()]
