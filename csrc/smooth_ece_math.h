@@ -39,17 +39,12 @@ CALGUIDE_INLINE double sin_pi(double t) {
   return sin_pi_small(nearer);
 }
 
-// A bin holds the moments m_p = sum r d^p of the offsets d of its samples from its centre, in bins. Cubic interpolation
-// on the nodes at d = -3/2, -1/2, 1/2, 3/2 gives each of them its share.
-struct NodeShares {
-  double at[4];
-};
-
-CALGUIDE_INLINE NodeShares node_shares(double m0, double m1, double m2, double m3) {
-  const double outer = (-m0 + 4.0 * m2) * (1.0 / 16.0), inner = (9.0 * m0 - 4.0 * m2) * (1.0 / 16.0);
-  const double outer_slope = (4.0 * m3 - m1) * (1.0 / 24.0), inner_slope = (9.0 * m1 - 4.0 * m3) * (1.0 / 8.0);
-  return {{outer - outer_slope, inner - inner_slope, inner + inner_slope, outer + outer_slope}};
-}
+// The share that each of the four nodes around a bin, at -3/2, -1/2, 1/2 and 3/2 from its centre in bins, has in a
+// sample at offset d from the centre by cubic interpolation: coefficients of d^0 .. d^3.
+constexpr double share_coefficients[4][4] = {{-1.0 / 16.0, 1.0 / 24.0, 1.0 / 4.0, -1.0 / 6.0},
+                                             {9.0 / 16.0, -9.0 / 8.0, -1.0 / 4.0, 1.0 / 2.0},
+                                             {9.0 / 16.0, 9.0 / 8.0, -1.0 / 4.0, -1.0 / 2.0},
+                                             {-1.0 / 16.0, -1.0 / 24.0, 1.0 / 4.0, 1.0 / 6.0}};
 
 // cubic[0..3]: coefficients of the cubic on [0, 1] with given values and slopes at its ends
 CALGUIDE_INLINE void hermite(double left, double left_slope, double right, double right_slope, double* cubic) {

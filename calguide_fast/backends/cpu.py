@@ -23,7 +23,7 @@ philox_normal = _kernels.philox_normal
 def smooth_ece(
     confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Value and bandwidth (2,), and the gradient (n,) or (0,); confidences and weights fp32 or float64, correct bool."""
+    """Value and bandwidth (2,), gradient (n,) or (0,); confidences and weights fp32 or float64, correct bool."""
     confidence, correct = confidence.contiguous(), correct.contiguous()
     weights = None if weights is None else weights.contiguous()
     stats = confidence.new_empty(2)

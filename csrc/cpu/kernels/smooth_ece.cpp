@@ -19,7 +19,6 @@ constexpr int64_t least_bins = 2048;
 // a part of the samples fills bins of its own; how many parts there are follows from the samples alone
 constexpr int64_t samples_per_part = 1 << 18, most_parts = 16;
 constexpr int64_t samples_per_block = 128;
-// one part's neighbouring samples go to different tables, so that one need not wait for the other
 constexpr int64_t tables_per_part = 2;
 // below this many samples a thread costs more than it saves
 constexpr int64_t samples_per_thread = 32768;
@@ -260,34 +259,37 @@ class Residuals {
     return result;
   }
 
-  // The sigma whose integral it is, or the least bandwidth where that is less.
-  double fixpoint(double sigma) {
+  // The sigma whose integral it is, or the least bandwidth where that is less; the search begins at sigma.
+  Integral fixpoint(double& sigma) {
     // the integral falls with sigma, so the fixpoint lies between any sigma and the integral there
     double low = least_bandwidth, high = 1.0;
-    for (int step = 0; step < 100; ++step) {
+    for (int step = 0;; ++step) {
       const Integral at = integral(sigma);
-      if (fabs(at.value - sigma) < 1e-12 || (sigma == least_bandwidth && at.value < sigma)) break;
+      if (at.value == 0.0) {
+        // residuals that cancel do so at any bandwidth
+        for (int64_t k = 0; k < most_terms; ++k) sine_[k] = 0.0;
+        sigma = least_bandwidth;
+        return {0.0, 0.0};
+      }
+      const bool at_least = sigma == least_bandwidth && at.value < sigma;
+      if (fabs(at.value - sigma) < 1e-12 || at_least || step == 100) return at;
       const double below = at.value < sigma ? at.value : sigma, above = at.value < sigma ? sigma : at.value;
       low = below > low ? below : low;
       high = above < high ? above : high;
-      sigma += (at.value - sigma) / (1.0 - at.slope);
+      const double next = sigma + (at.value - sigma) / (1.0 - at.slope);
+      // small bandwidths are dear, and Newton's first step overshoots to them
+      sigma = next > 0.25 * sigma ? next : 0.25 * sigma;
       if (sigma < low) sigma = low == least_bandwidth ? low : 0.5 * (low + high);
       if (sigma > high) sigma = 0.5 * (low + high);
     }
-    return sigma;
   }
 
-  // S = K * sign R, whose sine moments the last integral left, as a cubic in each of `cells` cells.
-  void sign_cubics(double sigma, int64_t cells, double* cubics) const {
+  // S = K * sign R and its slope at `count` places; the sine moments are those that the last integral left.
+  void sign_curve(double sigma, const double* place, int64_t count, double* value, double* slope) const {
     const int64_t terms = terms_of(sigma);
-    Buffer series(terms), place(cells + 1), value(cells + 1), slope(cells + 1);
+    Buffer series(terms);
     damp(sigma, sine_, terms, 1.0, series);
-    const double width = 1.0 / static_cast<double>(cells);
-    for (int64_t j = 0; j <= cells; ++j) place[j] = static_cast<double>(j) * width;
-    evaluate<true>(series, terms, place, cells + 1, value, slope);
-    for (int64_t j = 0; j < cells; ++j) {
-      hermite(value[j], slope[j] * width, value[j + 1], slope[j + 1] * width, cubics + 4 * j);
-    }
+    evaluate<true>(series, terms, place, count, value, slope);
   }
 
  private:
@@ -296,19 +298,28 @@ class Residuals {
   Buffer moments_, sine_;
 };
 
-template <class Real>
+template <class Real, bool Weighted>
 struct Samples {
   const Real* confidence;
   const uint8_t* correct;
   const Real* weights;
   int64_t count;
 
-  double weight(int64_t i) const { return weights == nullptr ? 1.0 : static_cast<double>(weights[i]); }
+  double weight(int64_t i) const {
+    if constexpr (Weighted) return weights[i];
+    return 1.0;
+  }
   double residual(int64_t i) const { return confidence[i] - static_cast<double>(correct[i]); }
-  // in two comparisons that NaN fails
-  bool allowed(int64_t i) const {
-    const double f = confidence[i], w = weight(i);
-    return (f >= 0.0) & (f <= 1.0) & (w >= 0.0) & (w <= 1.7976931348623157e308);
+  Samples from(int64_t first) const {
+    return {confidence + first, correct + first, Weighted ? weights + first : nullptr, count - first};
+  }
+  // 1 for a sample that is not allowed: comparisons that NaN fails
+  int bad(int64_t i) const {
+    const Real f = confidence[i];
+    const int outside = f * (1 - f) >= 0 ? 0 : 1;
+    if constexpr (!Weighted) return outside;
+    const double w = weight(i);
+    return outside | (w >= 0.0 ? 0 : 1) | (w - w == 0.0 ? 0 : 1);
   }
 };
 
@@ -322,92 +333,98 @@ struct Sources {
   explicit Sources(int64_t length) : place(length), weight(length), count(length), total(0.0), allowed(true) {}
 };
 
-template <class Real>
-void take_each(const Samples<Real>& samples, Sources& to) {
+template <class Real, bool Weighted>
+void take_each(const Samples<Real, Weighted>& samples, Sources& to) {
   double *place = to.place, *weight = to.weight;
   for (int64_t i = 0; i < samples.count; ++i) {
-    const bool good = samples.allowed(i);
-    place[i] = good ? static_cast<double>(samples.confidence[i]) : 0.0;
+    place[i] = samples.confidence[i];
     weight[i] = samples.weight(i) * samples.residual(i);
     to.total += samples.weight(i);
-    to.allowed &= good;
+    to.allowed &= samples.bad(i) == 0;
   }
 }
 
-// Adds a part of the samples to its tables of (bins, 4) moments about the bins' centres.
-template <class Real>
-void fill_part(const Samples<Real>& samples, int64_t begin, int64_t end, int64_t bins, double* tables, double& total,
-               bool& allowed) {
+// a bin's shares of its four nearest nodes
+typedef double Double4 __attribute__((vector_size(32)));
+
+// Adds a part of the samples to its two tables of (bins) shares.
+template <class Real, bool Weighted>
+void fill_part(const Samples<Real, Weighted>& samples, int64_t begin, int64_t end, int64_t bins, Double4* table,
+               double& total, bool& allowed) {
+  Double4* const other_table = table + bins;
+  const auto& c = share_coefficients;
+  const Double4 c0 = {c[0][0], c[1][0], c[2][0], c[3][0]}, c1 = {c[0][1], c[1][1], c[2][1], c[3][1]};
+  const Double4 c2 = {c[0][2], c[1][2], c[2][2], c[3][2]}, c3 = {c[0][3], c[1][3], c[2][3], c[3][3]};
   const double scale = static_cast<double>(bins);
   const int last_bin = static_cast<int>(bins - 1);
   for (int64_t first = begin; first < end; first += samples_per_block) {
     const int64_t length = first + samples_per_block < end ? samples_per_block : end - first;
-    alignas(64) double m0[samples_per_block], offset[samples_per_block];
+    alignas(64) double residual[samples_per_block], offset[samples_per_block];
     alignas(64) int bin[samples_per_block];
-    double sum = 0.0;
+    const Samples<Real, Weighted> block = samples.from(first);
     int bad = 0;
-#pragma omp simd reduction(+ : sum) reduction(| : bad)
+#pragma omp simd reduction(| : bad)
+    for (int64_t j = 0; j < length; ++j) bad |= block.bad(j);
+    if (bad != 0) {
+      allowed = false;
+      return;
+    }
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < length; ++j) {
-      const bool good = samples.allowed(first + j);
-      const double w = samples.weight(first + j);
-      const double position = (good ? static_cast<double>(samples.confidence[first + j]) : 0.0) * scale;
-      const int b = static_cast<int>(position);
-      bin[j] = b < last_bin ? b : last_bin;
-      offset[j] = position - static_cast<double>(bin[j]) - 0.5;
-      m0[j] = w * samples.residual(first + j);
-      sum += w;
-      bad |= !good;
+      const double position = block.confidence[j] * scale;
+      const int whole = static_cast<int>(position), b = whole < last_bin ? whole : last_bin;
+      bin[j] = b;
+      offset[j] = position - static_cast<double>(b) - 0.5;
+      residual[j] = block.weight(j) * block.residual(j);
+      sum += block.weight(j);
     }
     total += sum;
-    allowed &= bad == 0;
-    for (int64_t j = 0; j < length; ++j) {
-      double* const row = tables + 4 * ((j % tables_per_part) * bins + bin[j]);
-      const double m1 = m0[j] * offset[j], m2 = m1 * offset[j];
-      row[0] += m0[j];
-      row[1] += m1;
-      row[2] += m2;
-      row[3] += m2 * offset[j];
+    if (length % 2 != 0) residual[length] = offset[length] = 0.0, bin[length] = 0;
+    // neighbours go to different tables, so that the second need not wait for the first
+    for (int64_t j = 0; j < length; j += 2) {
+      table[bin[j]] += residual[j] * (((c3 * offset[j] + c2) * offset[j] + c1) * offset[j] + c0);
+      const int64_t i = j + 1;
+      other_table[bin[i]] += residual[i] * (((c3 * offset[i] + c2) * offset[i] + c1) * offset[i] + c0);
     }
   }
 }
 
-template <class Real>
-void take_binned(const Samples<Real>& samples, int64_t bins, int threads, Sources& to) {
+template <class Real, bool Weighted>
+void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threads, Sources& to) {
   int64_t parts = samples.count / samples_per_part;
   parts = parts < 1 ? 1 : parts < most_parts ? parts : most_parts;
-  const int64_t table = 4 * bins, tables = tables_per_part * parts;
-  Buffer all(tables * table), totals(parts);
+  const int64_t tables = tables_per_part * parts;
+  Buffer memory(4 * tables * bins), totals(parts);
+  Double4* const all = reinterpret_cast<Double4*>(static_cast<double*>(memory));
   bool allowed[most_parts];
   const int workers = threads < parts ? threads : static_cast<int>(parts);
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
   for (int64_t part = 0; part < parts; ++part) {
-    double* const own = all + part * tables_per_part * table;
-    for (int64_t j = 0; j < tables_per_part * table; ++j) own[j] = 0.0;
+    Double4* const own = all + part * tables_per_part * bins;
+    for (int64_t b = 0; b < tables_per_part * bins; ++b) own[b] = Double4{};
     totals[part] = 0.0, allowed[part] = true;
     fill_part(samples, part * samples.count / parts, (part + 1) * samples.count / parts, bins, own, totals[part],
               allowed[part]);
   }
   for (int64_t part = 0; part < parts; ++part) to.total += totals[part], to.allowed &= allowed[part];
-  for (int64_t t = 1; t < tables; ++t) {
-    for (int64_t j = 0; j < table; ++j) all[j] += all[t * table + j];
-  }
   const double width = 1.0 / static_cast<double>(bins);
   for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = 0.0;
   for (int64_t b = 0; b < bins; ++b) {
-    const double* const m = all + 4 * b;
-    const NodeShares shares = node_shares(m[0], m[1], m[2], m[3]);
+    Double4 shares = all[b];
+    for (int64_t t = 1; t < tables; ++t) shares += all[t * bins + b];
     // cosines are even about 0 and 1, and so a node beyond is the one before
-    to.weight[b > 0 ? b - 1 : 1] += shares.at[0];
-    to.weight[b] += shares.at[1];
-    to.weight[b + 1] += shares.at[2];
-    to.weight[b + 2 <= bins ? b + 2 : bins - 1] += shares.at[3];
+    to.weight[b > 0 ? b - 1 : 1] += shares[0];
+    to.weight[b] += shares[1];
+    to.weight[b + 1] += shares[2];
+    to.weight[b + 2 <= bins ? b + 2 : bins - 1] += shares[3];
   }
 }
 
 // grad_i = scale w_i (S(f_i) + r_i S'(f_i))
-template <class Real>
-void write_gradient(const Samples<Real>& samples, const double* cubics, int64_t cells, double scale, int threads,
-                    Real* grad) {
+template <class Real, bool Weighted>
+void write_gradient(const Samples<Real, Weighted>& samples, const double* cubics, int64_t cells, double scale,
+                    int threads, Real* grad) {
   const double width = static_cast<double>(cells);
   const int last_cell = static_cast<int>(cells - 1);
   const int64_t worth = samples.count / samples_per_thread;
@@ -438,25 +455,38 @@ int64_t bins_for(double wanted) {
 }
 
 // Writes the results at bandwidth sigma.
-template <class Real>
-void finish(const Samples<Real>& samples, Residuals& residuals, const Sources& sources,
-            const SmoothEceArguments& arguments, double sigma, int threads) {
-  const Integral at = residuals.integral(sigma);
+template <class Real, bool Weighted>
+void finish(const Samples<Real, Weighted>& samples, const Residuals& residuals, const Sources& sources,
+            const SmoothEceArguments& arguments, double sigma, const Integral& at, int threads) {
   Real* const stats = static_cast<Real*>(arguments.stats);
   stats[0] = static_cast<Real>(at.value), stats[1] = static_cast<Real>(sigma);
   if (arguments.grad == nullptr) return;
-  const int64_t cells = static_cast<int64_t>(ceil(cells_per_sigma / (sigma < 1.0 ? sigma : 1.0)));
-  Buffer cubics(4 * cells);
-  residuals.sign_cubics(sigma, cells, cubics);
   const bool fixpoint = arguments.bandwidth == 0.0 && sigma > least_bandwidth;
   const double scale = 1.0 / (sources.total * (fixpoint ? 1.0 - at.slope : 1.0));
-  write_gradient(samples, cubics, cells, scale, threads, static_cast<Real*>(arguments.grad));
+  const int64_t cells = static_cast<int64_t>(ceil(cells_per_sigma / (sigma < 1.0 ? sigma : 1.0)));
+  Real* const grad = static_cast<Real*>(arguments.grad);
+  if (samples.count <= cells && samples.count <= exact_samples) {
+    Buffer value(samples.count), slope(samples.count);
+    residuals.sign_curve(sigma, sources.place, samples.count, value, slope);
+    for (int64_t i = 0; i < samples.count; ++i) {
+      grad[i] = static_cast<Real>(scale * samples.weight(i) * (value[i] + samples.residual(i) * slope[i]));
+    }
+    return;
+  }
+  Buffer place(cells + 1), value(cells + 1), slope(cells + 1), cubics(4 * cells);
+  const double width = 1.0 / static_cast<double>(cells);
+  for (int64_t j = 0; j <= cells; ++j) place[j] = static_cast<double>(j) * width;
+  residuals.sign_curve(sigma, place, cells + 1, value, slope);
+  for (int64_t j = 0; j < cells; ++j) {
+    hermite(value[j], slope[j] * width, value[j + 1], slope[j + 1] * width, cubics + 4 * j);
+  }
+  write_gradient(samples, cubics, cells, scale, threads, grad);
 }
 
-template <class Real>
+template <class Real, bool Weighted>
 bool measure(const SmoothEceArguments& arguments, int threads) {
-  const Samples<Real> samples = {static_cast<const Real*>(arguments.confidence), arguments.correct,
-                                 static_cast<const Real*>(arguments.weights), arguments.count};
+  const Samples<Real, Weighted> samples = {static_cast<const Real*>(arguments.confidence), arguments.correct,
+                                           static_cast<const Real*>(arguments.weights), arguments.count};
   const bool exact = samples.count <= exact_samples;
   double sigma = arguments.bandwidth;
   int64_t bins = bins_for(sigma > 0.0 ? bins_per_sigma / sigma : 0.0);
@@ -469,10 +499,11 @@ bool measure(const SmoothEceArguments& arguments, int threads) {
     }
     if (!sources.allowed || !(sources.total > 0.0)) return false;
     Residuals residuals(sources.place, sources.weight, sources.count, sources.total);
-    if (arguments.bandwidth == 0.0) sigma = residuals.fixpoint(sigma > 0.0 ? sigma : first_bandwidth);
-    const double wanted = arguments.bandwidth > 0.0 ? 0.0 : bins_per_fixpoint / sigma;
+    if (arguments.bandwidth == 0.0 && sigma == 0.0) sigma = first_bandwidth;
+    const Integral at = arguments.bandwidth == 0.0 ? residuals.fixpoint(sigma) : residuals.integral(sigma);
+    const double wanted = arguments.bandwidth == 0.0 && at.value != 0.0 ? bins_per_fixpoint / sigma : 0.0;
     if (exact || static_cast<double>(bins) >= wanted) {
-      finish(samples, residuals, sources, arguments, sigma, threads);
+      finish(samples, residuals, sources, arguments, sigma, at, threads);
       return true;
     }
     bins = bins_for(wanted);
@@ -482,7 +513,10 @@ bool measure(const SmoothEceArguments& arguments, int threads) {
 }  // namespace
 
 bool smooth_ece(const SmoothEceArguments& arguments, int threads) {
-  return arguments.wide ? measure<double>(arguments, threads) : measure<float>(arguments, threads);
+  if (arguments.weights != nullptr) {
+    return arguments.wide ? measure<double, true>(arguments, threads) : measure<float, true>(arguments, threads);
+  }
+  return arguments.wide ? measure<double, false>(arguments, threads) : measure<float, false>(arguments, threads);
 }
 
 }  // namespace CALGUIDE_ISA
