@@ -72,10 +72,12 @@ class _Residuals:
             value, slope, _ = self.integral(sigma)
             if abs(value - sigma) < 1e-14 or (sigma == low and value <= low):
                 break
-            low, high = max(low, min(sigma, value)), max(min(high, max(sigma, value)), low)
+            low, high = max(low, min(sigma, value)), min(high, max(sigma, value))
             sigma += (value - sigma) / (1 - slope)
-            if not low <= sigma <= high:
-                sigma = max(low, (low + high) / 2) if high - low > 1e-15 else low
+            if sigma < low == LEAST_BANDWIDTH:
+                sigma = low
+            elif not low <= sigma <= high:
+                sigma = (low + high) / 2
         return sigma
 
     def integral(self, sigma: float) -> tuple[float, float, Tensor]:
