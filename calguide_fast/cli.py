@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"The file holds {ACCEPTED} Confidences alone are not enough here.",
     )
     calibrate.add_argument("--method", choices=METHODS, default="temperature", help="(%(default)s)")
-    calibrate.add_argument("--test", type=Path, metavar="FILE", help="predictions to measure on, too: not fitted to")
+    calibrate.add_argument(
+        "--test", type=Path, metavar="FILE", help="measure and draw these predictions, too, not fitted"
+    )
     calibrate.set_defaults(run=_calibrate)
     for command in (reliability, calibrate):
         command.add_argument("file", type=Path, metavar="FILE", help="an .npz or .csv file of predictions; see below")

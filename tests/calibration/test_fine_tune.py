@@ -42,7 +42,7 @@ def test_it_repairs_an_overconfident_classifier(loss):
     before = measured(classifier)
     history = fine_tune(classifier, loader(), loss, loss_weight=5.0, epochs=12, lr=0.02)
     after = measured(classifier)
-    assert before.smooth_ece > 0.2 and after.smooth_ece < 0.5 * before.smooth_ece
+    assert before.smooth_ece > 0.2 and after.smooth_ece < 0.65 * before.smooth_ece
     assert after.accuracy > before.accuracy - 0.01 and after.cross_entropy < before.cross_entropy
     assert len(history) == 12
     assert history[-1].smooth_ece < history[0].smooth_ece and history[-1].calibration < history[0].calibration
