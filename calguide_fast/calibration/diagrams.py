@@ -34,9 +34,10 @@ def reliability_diagram(
 ) -> Figure:
     """Draw the reliability curve: accuracy over confidence, as wide as there are samples, with its bootstrap band.
 
-    At confidence t the curve is at t + the smoothed gap between accuracy and confidence. Above the diagonal a
-    classifier is less sure than it is right, below it is overconfident; the distance from the diagonal, weighted by the density,
-    is the smooth ECE. The shading at the bottom is that density; the cross marks the mean confidence and the accuracy.
+    At confidence t the curve is at t + the smoothed gap between accuracy and confidence, which near 0 and 1 may lie
+    outside them. Above the diagonal a classifier is less sure than it is right, below it is overconfident; the distance
+    from the diagonal, weighted by the density, is the smooth ECE. The shading at the bottom is that density; the cross
+    marks the mean confidence and the accuracy.
 
     Args:
         confidence: (n,) in 0..1, or a :class:`ReliabilityCurve` that is already there.

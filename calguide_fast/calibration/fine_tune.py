@@ -77,7 +77,7 @@ def fine_tune(
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of range, nothing to train, or an epoch without
             batches.
-        ArithmeticError: the loss is not finite. The weights are those before the batch that made it so.
+        ArithmeticError: a batch's loss is not finite. Its step is not taken.
     """
     calibration_loss = _resolve_loss(loss)
     loss_weight = checks.number("loss_weight", loss_weight, low=0.0)
@@ -102,16 +102,10 @@ def fine_tune(
                 x, labels = x.to(trained[0].device), labels.to(trained[0].device)
                 logits = classifier(x) if noising is None else classifier(*noising(x))
                 check_predictions(logits, labels)
-                cross_entropy = F.cross_entropy(widened(logits), labels.long())
-                calibration = calibration_loss(logits, labels)
-                total = cross_entropy + loss_weight * calibration
-                if not total.isfinite():
-                    raise ArithmeticError(
-                        f"the loss is {total.item()} in epoch {epoch + 1} (cross-entropy {cross_entropy.item():.4g}, "
-                        f"calibration {calibration.item():.4g}): a smaller learning rate may help"
-                    )
+                cross_entropy = _finite("cross-entropy", F.cross_entropy(widened(logits), labels.long()), epoch)
+                calibration = _finite("calibration loss", calibration_loss(logits, labels), epoch)
                 optimizer.zero_grad()
-                total.backward()
+                (cross_entropy + loss_weight * calibration).backward()
                 optimizer.step()
                 record.add(logits.detach(), labels, cross_entropy.item(), calibration.item())
             if not record.sizes:
@@ -122,6 +116,14 @@ def fine_tune(
             history.append(record.summary())
         optimizer.zero_grad()
     return history
+
+
+def _finite(name: str, loss: Tensor, epoch: int) -> Tensor:
+    if not loss.isfinite():
+        raise ArithmeticError(
+            f"the {name} is {loss.item()} in epoch {epoch + 1}: a smaller learning rate may help, if the data are finite"
+        )
+    return loss
 
 
 class _Noising:

@@ -101,7 +101,7 @@ def calibration_by_noise_level(
     coefficients = timeline.coefficients().to(images.device)
     bars = schedule.alphas_cumprod[chosen].tolist()
     shown_labels = labels if null_class is None else torch.full_like(labels, null_class)
-    seeds = as_seeds([seed + index for index in range(len(images))], len(images)).to(images.device)
+    seeds = as_seeds([(seed << 32) + index for index in range(len(images))], len(images)).to(images.device)
 
     logits: list[list[Tensor]] = [[] for _ in chosen]
     for draw in range(repeats):

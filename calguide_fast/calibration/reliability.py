@@ -83,10 +83,10 @@ def reliability_curve(
     cells = _cells(f, y, sigma)
     grid = np.linspace(0, 1, points)
     kernel = reflected_gaussian(grid, cells.place, sigma)
-    density, confidences, accuracies = _smoothed(kernel, cells, cells.count, sigma)
+    density, confidences, accuracies = _smoothed(kernel, cells, cells.samples, sigma)
     low = high = np.full(points, np.nan)
     if bootstrap:
-        resampled = np.random.default_rng(seed).multinomial(len(f), cells.count / len(f), size=bootstrap)
+        resampled = np.random.default_rng(seed).multinomial(len(f), cells.samples / len(f), size=bootstrap)
         _, near, right = _smoothed(kernel, cells, resampled, sigma)
         seen = ~np.isnan(accuracies)
         low, high = (_quantiles(right - near, 0.5 + side * level / 2, seen) for side in (-1, 1))
@@ -121,7 +121,7 @@ class _Cells(NamedTuple):
 
     place: np.ndarray  # (k,) mean confidence
     right: np.ndarray  # (k,) the outcome, 0.0 or 1.0
-    count: np.ndarray  # (k,)
+    samples: np.ndarray  # (k,) how many
 
 
 def _cells(f: np.ndarray, y: np.ndarray, sigma: float) -> _Cells:

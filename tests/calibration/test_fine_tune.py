@@ -136,12 +136,18 @@ def test_modes_and_running_statistics_are_left_as_they_were():
     assert seen[-1] == (True, True) and norm.num_batches_tracked == 2
 
 
-def test_modes_are_restored_after_an_error_and_the_weights_are_sound():
+@pytest.mark.parametrize("loss", ["smooth_ece", "huber_ece", None])
+def test_modes_are_restored_after_an_error_and_the_weights_are_sound(loss):
     classifier = overconfident().eval()
     bad = [(INPUTS, LABELS), (torch.full_like(INPUTS, torch.nan), LABELS)]
-    with pytest.raises(ArithmeticError, match="the loss is nan in epoch 1"):
-        fine_tune(classifier, bad, None, epochs=1)
+    with pytest.raises(ArithmeticError, match="the cross-entropy is nan in epoch 1"):
+        fine_tune(classifier, bad, loss, epochs=1)
     assert not classifier.training and classifier[0].weight.isfinite().all()
+
+
+def test_a_calibration_loss_that_is_not_finite_is_named():
+    with pytest.raises(ArithmeticError, match="the calibration loss is inf in epoch 1"):
+        fine_tune(overconfident(), loader(), lambda logits, labels: logits.sum() * torch.inf)
 
 
 def test_only_what_requires_a_gradient_is_trained_even_where_gradients_are_off():
