@@ -70,6 +70,8 @@ class _Residuals:
         sigma = 0.1
         for _ in range(100):
             value, slope, _ = self.integral(sigma)
+            if value == 0:
+                return LEAST_BANDWIDTH
             if abs(value - sigma) < 1e-14 or (sigma == low and value <= low):
                 break
             low, high = max(low, min(sigma, value)), min(high, max(sigma, value))

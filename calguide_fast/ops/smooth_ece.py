@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
+from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
 from calguide_fast.ops import checks
 from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
 
@@ -16,9 +17,6 @@ LIBRARY.define(
     "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_gradient) "
     "-> (Tensor stats, Tensor grad)"
 )
-
-# below it the bandwidth does not go: some thousand cosines then tell all there is to tell
-LEAST_BANDWIDTH = 1e-3
 
 
 class SmoothECE(NamedTuple):

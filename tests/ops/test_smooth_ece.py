@@ -70,8 +70,8 @@ def smooth(g: np.random.Generator) -> Sample:
 
 
 def calibrated(g: np.random.Generator) -> Sample:
-    f = g.random(100)
-    return f, outcomes(g, f), np.ones(100)
+    f = g.random(60)
+    return f, outcomes(g, f), np.ones(60)
 
 
 def weighted(g: np.random.Generator) -> Sample:
@@ -92,12 +92,12 @@ def two(g: np.random.Generator) -> Sample:
 
 
 def mass(place: float, chance: float, half: bool):
-    """1000 samples with all or half of them at one place, which are taken together in the weights."""
+    """400 samples with all or half of them at one place, which are taken together in the weights."""
 
     def sample(g: np.random.Generator) -> Sample:
-        here = 500 if half else 1000
+        here = 200 if half else 400
         right = round(chance * here)
-        f = g.random(1000 - here)
+        f = g.random(400 - here)
         y = outcomes(g, 0.8 * f + 0.1)
         weights = np.concatenate([np.ones(len(f)), [right, here - right]])
         return np.append(f, [place, place]), np.append(y, [1.0, 0.0]), weights
@@ -148,7 +148,7 @@ def test_fixpoint_is_that_of_the_definition(name, served):
     assert found.bandwidth.item() == pytest.approx(found.value.item(), abs=1e-11)
 
 
-@pytest.mark.parametrize("sigma", [0.01, 0.07, 0.4, 2.0])
+@pytest.mark.parametrize("sigma", [0.02, 0.07, 0.4, 2.0])
 @pytest.mark.parametrize("name", ["smooth", "two", "half at 1"])
 def test_fixed_bandwidth_is_the_integral(name, sigma, served):
     f, y, w = tensors(name)
@@ -267,11 +267,10 @@ def test_outcomes_of_any_dtype(outcome, served):
 def test_strided_inputs(served):
     f, y = sample(40)
     w = torch.rand(40, dtype=torch.float64)
-    assert torch.equal(smooth_ece(f[::2], y[::2], None, w[::2]).value, smooth_ece(*sliced(f, y, w)).value)
-
-
-def sliced(f, y, w):
-    return f[::2].contiguous(), y[::2].contiguous(), None, w[::2].contiguous()
+    dense = [tensor[::2].contiguous() for tensor in (f, y, w)]
+    assert_near(
+        smooth_ece(f[::2], y[::2], None, w[::2]).value, smooth_ece(dense[0], dense[1], None, dense[2]).value, 1e-14
+    )
 
 
 @pytest.mark.parametrize("n", [200, 5000])
