@@ -121,7 +121,7 @@ def fine_tune(
 def _finite(name: str, loss: Tensor, epoch: int) -> Tensor:
     if not loss.isfinite():
         raise ArithmeticError(
-            f"the {name} is {loss.item()} in epoch {epoch + 1}: a smaller learning rate may help, if the data are finite"
+            f"the {name} is {loss.item()} in epoch {epoch + 1}: if the data are finite, a smaller learning rate helps"
         )
     return loss
 

@@ -13,6 +13,8 @@ from calguide_fast.calibration.predictions import check_predictions
 from calguide_fast.ops import checks
 
 _TOLERANCE = 1e-12  # of log T
+_BLOCK = 2**17  # logits at a time
+_MASKED = -1e30  # the lead of a masked class
 
 
 class TemperatureScaling(nn.Module):
@@ -73,31 +75,26 @@ class TemperatureScaling(nn.Module):
         """
         check_predictions(logits, labels)
         checks.check_labels(labels, logits.shape[1])
-        logits = logits.double()
         if not (logits < math.inf).all():
             raise ValueError("logits hold NaN or +inf; they must be finite, or -inf for a masked class")
         own = logits.gather(1, labels.long()[:, None])
         if own.isinf().any():
             row = int(own.isinf().nonzero()[0, 0])
             raise ValueError(f"labels[{row}]={int(labels[row])} is a masked class: its logit is -inf")
-        # of the distances to the label's logit only 1/T is left to multiply
-        self._fit_leads(logits - own)
-        return self
-
-    def _fit_leads(self, leads: Tensor) -> None:
-        """`leads` (n, num_classes): how far each logit is ahead of the label's."""
+        slope = _Slope(logits, own)
         low, high = map(math.log, self.bounds)
-        self.at_bound = True
-        if leads.masked_fill(leads.isinf(), 0).eq(0).all():
-            self.at_bound, log_t = False, min(max(0.0, low), high)
-        elif _slope(leads, low)[0] <= 0:
-            log_t = low
-        elif _slope(leads, high)[0] >= 0:
-            log_t = high
+        self.at_bound = False
+        if ((logits == own) | logits.isinf()).all():
+            log_t = min(max(0.0, low), high)
+        elif slope(low)[0] <= 0:
+            log_t, self.at_bound = low, True
+        elif slope(high)[0] >= 0:
+            log_t, self.at_bound = high, True
         else:
-            self.at_bound, log_t = False, _root(leads, low, high)
-        self.slope = _slope(leads, log_t)[0]
+            log_t = _root(slope, low, high)
+        self.slope = slope(log_t)[0]
         self.temperature.fill_(math.exp(log_t))
+        return self
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits / T, in their own dtype."""
@@ -131,22 +128,35 @@ class CalibratedClassifier(nn.Module):
         return self.scaling(self.classifier(*args, **kwargs))
 
 
-def _slope(leads: Tensor, log_t: float) -> tuple[float, float]:
+class _Slope:
     """d(mean cross-entropy)/dβ at β = 1/T, and its derivative with respect to log T, which is never positive."""
-    beta = math.exp(-log_t)
-    p = (beta * leads).softmax(1)
-    # a masked class has p = 0, and 0·inf is none of its business
-    finite = leads.masked_fill(leads.isinf(), 0)
-    mean = (p * finite).sum(1)
-    variance = (p * (finite - mean[:, None]).square()).sum(1)
-    return mean.mean().item(), -beta * variance.mean().item()
+
+    def __init__(self, logits: Tensor, own: Tensor) -> None:
+        """Of logits (n, num_classes), and those of the labels (n, 1)."""
+        # blocks that stay in a CPU's cache
+        self.rows = max(1, _BLOCK // logits.shape[1])
+        self.logits, self.own = logits, own
+
+    def __call__(self, log_t: float) -> tuple[float, float]:
+        beta = math.exp(-log_t)
+        mean, variance = 0.0, 0.0
+        for logits, own in zip(self.logits.split(self.rows), self.own.split(self.rows)):
+            # a masked class has p = 0, and so far behind no part in any sum: 0·inf would be NaN
+            lead = (logits.double() - own.double()).clamp_min_(_MASKED)
+            p = (beta * lead).softmax(1)
+            weighted = p.mul_(lead)
+            means = weighted.sum(1)
+            mean += means.sum()
+            variance += (weighted.mul_(lead).sum(1) - means.square()).sum()
+        count = len(self.logits)
+        return float(mean) / count, -beta * float(variance) / count
 
 
-def _root(leads: Tensor, low: float, high: float) -> float:
+def _root(slope: _Slope, low: float, high: float) -> float:
     """log T where the slope is 0; it is positive at `low` and negative at `high`."""
     log_t, step = min(max(0.0, low), high), high - low
     while abs(step) > _TOLERANCE:
-        value, derivative = _slope(leads, log_t)
+        value, derivative = slope(log_t)
         if value == 0:
             break
         low, high = (log_t, high) if value > 0 else (low, log_t)
