@@ -1,8 +1,10 @@
 """Fused kernels for classifier guidance of diffusion models: calibrated, regularised, f-divergence guided."""
 
 from calguide_fast.backends import backend_report, use_backend
+from calguide_fast.calibration.losses import HuberECELoss, SmoothECELoss, huber_ece
 from calguide_fast.guidance import Guidance
 from calguide_fast.ops.guidance import GuidanceGradient, guidance_gradient, guidance_score
+from calguide_fast.ops.smooth_ece import SmoothECE, smooth_ece, smooth_ece_from_logits
 from calguide_fast.ops.step import guided_step, predict_x0
 from calguide_fast.ops.tilt import tilt_weights
 from calguide_fast.sampler import FDivSampler
@@ -14,12 +16,18 @@ __all__ = [
     "FDivSampler",
     "Guidance",
     "GuidanceGradient",
+    "HuberECELoss",
     "Samples",
+    "SmoothECE",
+    "SmoothECELoss",
     "backend_report",
     "guidance_gradient",
     "guidance_score",
     "guided_step",
+    "huber_ece",
     "predict_x0",
+    "smooth_ece",
+    "smooth_ece_from_logits",
     "tilt_weights",
     "use_backend",
 ]

@@ -1,13 +1,17 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo``."""
+"""The command line: ``calguide-fast doctor | demo | train-demo | reliability | calibrate``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import calguide_fast
+from calguide_fast.calibration.commands import METHODS, report_calibration, report_reliability
+from calguide_fast.calibration.files import ACCEPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +40,32 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train-demo", help="train the demo's networks anew")
     train.add_argument("--out", type=Path, default=None, help="folder for the checkpoints (the package's own assets)")
     train.set_defaults(run=_train_demo)
+
+    reliability = commands.add_parser(
+        "reliability",
+        help="smooth ECE, accuracy and confidence of predictions in a file, and their diagram",
+        description="Measure the calibration of predictions in a file.",
+        epilog=f"The file holds {ACCEPTED}",
+    )
+    reliability.add_argument(
+        "--bandwidth", type=float, help="sigma of the smooth ECE, if not the one that equals its value"
+    )
+    reliability.set_defaults(run=_reliability)
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="fit temperature or vector scaling to logits in a file",
+        description="Fit a scaling to logits in a file, and measure calibration before and after.",
+        epilog=f"The file holds {ACCEPTED} Confidences alone are not enough here.",
+    )
+    calibrate.add_argument("--method", choices=METHODS, default="temperature", help="(%(default)s)")
+    calibrate.add_argument(
+        "--test", type=Path, metavar="FILE", help="measure and draw these predictions, too, not fitted"
+    )
+    calibrate.set_defaults(run=_calibrate)
+    for command in (reliability, calibrate):
+        command.add_argument("file", type=Path, metavar="FILE", help="an .npz or .csv file of predictions; see below")
+        command.add_argument("--out", type=Path, metavar="PNG", help="write the reliability diagram (needs matplotlib)")
+        command.add_argument("--json", type=Path, metavar="JSON", help="write the figures there, and not to the screen")
     return parser
 
 
@@ -58,6 +88,29 @@ def _train_demo(options: argparse.Namespace) -> int:
     from calguide_fast.demo.train import train_demo
 
     train_demo(options.out)
+    return 0
+
+
+def _reliability(options: argparse.Namespace) -> int:
+    return _report(lambda: report_reliability(options.file, options.out, options.bandwidth), options)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    return _report(lambda: report_calibration(options.file, options.method, options.test, options.out), options)
+
+
+def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) -> int:
+    """Show or write what was measured; an unusable file or setting is one line, not a traceback."""
+    try:
+        figures = measure()
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        raise SystemExit(f"calguide-fast: {error}") from None
+    text = json.dumps(figures, indent=2)
+    if options.json is None:
+        print(text)
+    else:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -31,6 +31,18 @@ struct TiltArguments {
   double max_weight;
 };
 
+// confidences, weights, stats and grad are double if `wide`, else float
+struct SmoothEceArguments {
+  const void* confidence;  // (count)
+  const uint8_t* correct;  // (count) 0 or 1
+  const void* weights;     // (count) or null
+  int64_t count;
+  bool wide;
+  double bandwidth;  // 0: the fixpoint
+  void* stats;       // value, bandwidth
+  void* grad;        // (count) or null
+};
+
 // (image, channel, pixel) strides in elements; an absent operand has no data.
 struct Operand {
   const void* data;

@@ -5,6 +5,7 @@ namespace calguide {
 
 void bind_isa(pybind11::module_& module);
 void bind_guidance(pybind11::module_& module);
+void bind_smooth_ece(pybind11::module_& module);
 void bind_step(pybind11::module_& module);
 void bind_tilt(pybind11::module_& module);
 
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of calguide_fast; tensors come as pointers, sizes and strides, checked by the caller.";
   calguide::bind_isa(module);
   calguide::bind_guidance(module);
+  calguide::bind_smooth_ece(module);
   calguide::bind_step(module);
   calguide::bind_tilt(module);
 }

@@ -23,6 +23,7 @@ class _Spec(NamedTuple):
     devices: frozenset[str] | None  # None: any
     dtypes: frozenset[torch.dtype] | None
     preferred_on: frozenset[str]
+    float64_ops: frozenset[str] = frozenset()  # ops that serve float64 beyond the dtypes
 
 
 # int64: the seeds of sampling_noise
@@ -31,7 +32,7 @@ _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.
 # In order of preference. PyTorch for ROCm calls its devices "cuda", too: there the cuda module has no driver to load
 # with, and triton serves.
 _SPECS = {
-    "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"})),
+    "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"}), frozenset({"smooth_ece"})),
     "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
     "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
     "reference": _Spec(None, None, frozenset()),
@@ -39,48 +40,67 @@ _SPECS = {
 
 _loaded: dict[str, ModuleType] = {}
 _failures: dict[str, str] = {}
-_defaults: dict[tuple[torch.dtype, str], ModuleType] = {}
+_defaults: dict[tuple[torch.dtype, str, str | None], ModuleType] = {}
 _override: str | None = None
 
 
-def choose(tensor: Tensor) -> ModuleType:
+def choose(tensor: Tensor, op: str | None = None) -> ModuleType:
     """The backend module that serves ``tensor``'s device and dtype, or the one that an override names.
+
+    Not every backend has every op: one that may be missing is named in ``op``, and is the reference's where it is.
 
     Raises:
         ValueError: the overriding backend does not serve this device or dtype.
         RuntimeError: the overriding backend cannot be loaded.
     """
     if _override is not None:
-        return _overriding(tensor)
-    key = (tensor.dtype, tensor.device.type)
+        return _overriding(tensor, op)
+    key = (tensor.dtype, tensor.device.type, op)
     backend = _defaults.get(key)
     return backend if backend is not None else _default(*key)
 
 
-def _default(dtype: torch.dtype, device: str) -> ModuleType:
-    preferred = [name for name, spec in _SPECS.items() if device in spec.preferred_on and _serves(spec, dtype, device)]
-    backend = next((loaded for name in preferred if (loaded := _load(name)) is not None), None)
+def _default(dtype: torch.dtype, device: str, op: str | None = None) -> ModuleType:
+    preferred = [
+        name for name, spec in _SPECS.items() if device in spec.preferred_on and _serves(spec, dtype, device, op)
+    ]
+    reasons = []
+    backend = None
+    for name in preferred:
+        loaded = _load(name)
+        if loaded is None:
+            reasons.append(f"the {name!r} backend is not available ({_failures[name]})")
+        elif _has(loaded, op):
+            backend = loaded
+            break
     if backend is None:
-        if preferred:
-            reasons = "; ".join(f"the {name!r} backend is not available ({_failures[name]})" for name in preferred)
-            warnings.warn(f"calguide_fast: {reasons}; using the slow 'reference' backend", RuntimeWarning, stacklevel=3)
+        if preferred and len(reasons) == len(preferred):
+            text = f"calguide_fast: {'; '.join(reasons)}; using the slow 'reference' backend"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
         backend = _require("reference")
-    _defaults[dtype, device] = backend
+    _defaults[dtype, device, op] = backend
     return backend
 
 
-def _overriding(tensor: Tensor) -> ModuleType:
+def _overriding(tensor: Tensor, op: str | None) -> ModuleType:
     assert _override is not None
-    if not _serves(_SPECS[_override], tensor.dtype, tensor.device.type):
+    if not _serves(_SPECS[_override], tensor.dtype, tensor.device.type, op):
         raise ValueError(
             f"backend {_override!r}, chosen by use_backend or CALGUIDE_BACKEND, does not serve "
             f"{tensor.dtype} tensors on {tensor.device.type!r}"
         )
-    return _require(_override)
+    backend = _require(_override)
+    return backend if _has(backend, op) else _require("reference")
 
 
-def _serves(spec: _Spec, dtype: torch.dtype, device: str) -> bool:
-    return (spec.devices is None or device in spec.devices) and (spec.dtypes is None or dtype in spec.dtypes)
+def _serves(spec: _Spec, dtype: torch.dtype, device: str, op: str | None) -> bool:
+    if spec.devices is not None and device not in spec.devices:
+        return False
+    return spec.dtypes is None or dtype in spec.dtypes or (dtype == torch.float64 and op in spec.float64_ops)
+
+
+def _has(backend: ModuleType, op: str | None) -> bool:
+    return op is None or hasattr(backend, op)
 
 
 def _load(name: str) -> ModuleType | None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from calguide_fast.backends.labels import check_labels
 from calguide_fast.backends.philox import philox_normal
+from calguide_fast.backends.smooth_ece import smooth_ece
 
-__all__ = ["guidance_gradient", "guided_step", "philox_normal", "predict_x0", "tilt_weights"]
+__all__ = ["guidance_gradient", "guided_step", "philox_normal", "predict_x0", "smooth_ece", "tilt_weights"]
 
 
 def _upcast(tensor: Tensor) -> Tensor:

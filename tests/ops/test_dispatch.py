@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calguide_fast import guidance_gradient, guidance_score, guided_step, predict_x0, tilt_weights
+from calguide_fast import guidance_gradient, guidance_score, guided_step, predict_x0, smooth_ece, tilt_weights
 from calguide_fast.ops._library import LIBRARY, is_direct
 from calguide_fast.ops.guidance import guidance_settings
 from calguide_fast.ops.noise import sampling_noise
@@ -62,6 +62,10 @@ SAMPLES = {
         (torch.randn(10, 4).t().bfloat16(), torch.tensor([0, 3, 9, 5]), *SETTINGS),
     ],
     "tilt_weights": lambda: [(torch.randn(5), 0.4, False, 2.0)],
+    "smooth_ece": lambda: [
+        (torch.rand(7), torch.rand(7) < 0.5, None, 0.0, True),
+        (torch.rand(7).bfloat16(), torch.tensor([0, 1, 1, 0, 1, 0, 1]), torch.rand(7), 0.1, False),
+    ],
     "sampling_noise": lambda: [(torch.tensor([1, -2, 3]), [3, 4, 5], 7, 0)],
     "predict_x0": lambda: [
         (*step_tensors()[:3], True, torch.float32, torch.contiguous_format),
@@ -95,7 +99,9 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     boost = {} if running is None else {"variance_max": running, "sine_boost": 0.3}
     x_prev = guided_step(x_t, output, row, gradient, noise=noise, weights=weights, scale=2.0, **boost)
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score[:2], tilt=0.3, method="ddim")
-    results = (found.grad, found.score, weights, x0, x_prev, seeded, sampling_noise(seeds, (3, 4, 4), 0))
+    calibration = smooth_ece(logits.detach().softmax(1).flatten(), (logits > 0).flatten()).value
+    noise = sampling_noise(seeds, (3, 4, 4), 0)
+    results = (found.grad, found.score, weights, x0, x_prev, seeded, noise, calibration)
     return results if running is None else (*results, running + 0)
 
 

@@ -1,0 +1,523 @@
+// Confidences and outcomes to the smooth ECE and its gradient. Residuals become cosine moments; from these come the
+// smoothed residual R and the places where it changes sign, and from the places the integral of |R| as a sum over k.
+//
+// Everything between the first and the last pass over the samples is small, and runs on one thread in one order.
+#include "cpu/smooth_ece.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "smooth_ece_math.h"
+
+namespace calguide {
+namespace CALGUIDE_ISA {
+namespace {
+
+// up to so many samples each has moments of its own, beyond they share bins
+constexpr int64_t exact_samples = 4096;
+constexpr int64_t least_bins = 2048;
+// a part of the samples fills bins of its own; how many parts there are follows from the samples alone
+constexpr int64_t samples_per_part = 1 << 18, most_parts = 16;
+constexpr int64_t samples_per_block = 128;
+constexpr int64_t tables_per_part = 2;
+// below this many samples a thread costs more than it saves
+constexpr int64_t samples_per_thread = 32768;
+// where the search for the fixpoint begins
+constexpr double first_bandwidth = 0.1;
+constexpr double pi = 3.141592653589793;
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t length) : data_(static_cast<double*>(aligned_alloc(64, (8 * length + 127) / 64 * 64))) {
+    if (data_ == nullptr) abort();
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator double*() { return data_; }
+  operator const double*() const { return data_; }
+
+ private:
+  double* data_;
+};
+
+// Sums over weighted places t of cos(pi k t), or of sin(pi k t), for k = 0, 1, 2, ... by Chebyshev's recurrence.
+class WaveSums {
+ public:
+  enum Wave { cosine, sine };
+
+  WaveSums(Wave wave, const double* place, const double* weight, int64_t count)
+      : weight_(weight), count_(count), twice_cos_(count), previous_(count), current_(count) {
+    double *twice_cos = twice_cos_, *previous = previous_, *current = current_;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const double c = cos_pi(place[j]);
+      twice_cos[j] = 2.0 * c;
+      previous[j] = wave == cosine ? c : -sin_pi(place[j]);
+      current[j] = wave == cosine ? 1.0 : 0.0;
+    }
+  }
+
+  // Sums for every k below `end`, rounded up to a multiple of 4, after those already in `sums`.
+  void extend(int64_t end, double* sums) {
+    const int64_t begin = known_;
+    for (; known_ < end; known_ += 4) sums[known_] = sums[known_ + 1] = sums[known_ + 2] = sums[known_ + 3] = 0.0;
+    constexpr int64_t block = 512;
+    for (int64_t first = 0; first < count_; first += block) {
+      const int64_t length = first + block < count_ ? block : count_ - first;
+      for (int64_t k = begin; k < known_; k += 4) add(first, length, sums + k);
+    }
+  }
+
+ private:
+  // four terms of the recurrence for each pass over the places
+  void add(int64_t first, int64_t length, double* sums) {
+    const double *weight = weight_ + first, *twice_cos = twice_cos_ + first;
+    double *previous = previous_ + first, *current = current_ + first;
+    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t j = 0; j < length; ++j) {
+      const double w = weight[j], x = twice_cos[j], w0 = current[j];
+      const double w1 = x * w0 - previous[j], w2 = x * w1 - w0, w3 = x * w2 - w1;
+      s0 += w * w0;
+      s1 += w * w1;
+      s2 += w * w2;
+      s3 += w * w3;
+      previous[j] = w3;
+      current[j] = x * w3 - w2;
+    }
+    sums[0] += s0;
+    sums[1] += s1;
+    sums[2] += s2;
+    sums[3] += s3;
+  }
+
+  const double* weight_;
+  int64_t count_, known_ = 0;
+  Buffer twice_cos_, previous_, current_;
+};
+
+// Values of sum_k series[k] cos(pi k t), and slopes by t if asked for, at `count` places; an odd number of terms.
+template <bool Slope>
+void evaluate(const double* series, int64_t terms, const double* place, int64_t count, double* value, double* slope) {
+  constexpr int64_t block = 64;
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t length = first + block < count ? block : count - first;
+    alignas(64) double x[block], b1[block], b2[block], d1[block], d2[block];
+    for (int64_t j = 0; j < block; ++j) {
+      x[j] = j < length ? 2.0 * cos_pi(place[first + j]) : 0.0;
+      b1[j] = b2[j] = d1[j] = d2[j] = 0.0;
+    }
+    // Clenshaw's recurrence, two terms at a time so that nothing moves
+    for (int64_t k = terms - 1; k > 0; k -= 2) {
+      const double even = series[k], odd = series[k - 1];
+      const double k_even = static_cast<double>(k) * even, k_odd = static_cast<double>(k - 1) * odd;
+#pragma omp simd
+      for (int64_t j = 0; j < block; ++j) {
+        b2[j] = x[j] * b1[j] - b2[j] + even;
+        b1[j] = x[j] * b2[j] - b1[j] + odd;
+        if constexpr (Slope) {
+          d2[j] = x[j] * d1[j] - d2[j] + k_even;
+          d1[j] = x[j] * d2[j] - d1[j] + k_odd;
+        }
+      }
+    }
+    for (int64_t j = 0; j < length; ++j) {
+      value[first + j] = 0.5 * x[j] * b1[j] - b2[j] + series[0];
+      if constexpr (Slope) slope[first + j] = -pi * sin_pi(place[first + j]) * d1[j];
+    }
+  }
+}
+
+// The places within (0, 1) at which a cosine series changes sign.
+class SignChanges {
+ public:
+  SignChanges(const double* series, int64_t terms, double sigma)
+      : intervals_(static_cast<int64_t>(ceil(points_per_sigma / (sigma < 1.0 ? sigma : 1.0)))),
+        place_(2 * intervals_),
+        rise_(2 * intervals_) {
+    Buffer sample(2 * intervals_), value(2 * intervals_), low(2 * intervals_), high(2 * intervals_);
+    const int64_t samples = look(series, terms, sample, value);
+    bracket(sample, value, samples, low, high);
+    polish(series, terms, low, high);
+  }
+
+  int64_t count() const { return count_; }
+  const double* place() const { return place_; }
+  // by how much the sign rises at each place: 2 or -2
+  const double* rise() const { return rise_; }
+  // the sign after the last place; 0 if the series is 0
+  double last_sign() const { return last_sign_; }
+
+ private:
+  // Values on a grid and, where a parabola through three of them dips through 0 unseen, at its vertex.
+  int64_t look(const double* series, int64_t terms, double* sample, double* value) const {
+    const int64_t n = intervals_;
+    const double step = 1.0 / static_cast<double>(n);
+    Buffer grid(n + 1), on_grid(n + 1), vertex(n), at_vertex(n);
+    for (int64_t g = 0; g <= n; ++g) grid[g] = static_cast<double>(g) * step;
+    evaluate<false>(series, terms, grid, n + 1, on_grid, nullptr);
+    int64_t vertices = 0;
+    for (int64_t g = 1; g < n; ++g) {
+      const double left = on_grid[g - 1], middle = on_grid[g], right = on_grid[g + 1];
+      const double slope = 0.5 * (right - left), bend = left - 2.0 * middle + right;
+      const bool one_sign = left * middle > 0.0 && right * middle > 0.0;
+      if (one_sign && fabs(slope) <= 0.5 * fabs(bend) && 2.0 * middle * bend <= slope * slope && middle * bend > 0.0) {
+        vertex[vertices++] = grid[g] - step * slope / bend;
+      }
+    }
+    if (vertices > 0) evaluate<false>(series, terms, vertex, vertices, at_vertex, nullptr);
+    int64_t samples = 0;
+    for (int64_t g = 0, v = 0; g <= n; ++g) {
+      for (; v < vertices && vertex[v] < grid[g]; ++v, ++samples)
+        sample[samples] = vertex[v], value[samples] = at_vertex[v];
+      sample[samples] = grid[g], value[samples] = on_grid[g], ++samples;
+    }
+    return samples;
+  }
+
+  void bracket(const double* sample, const double* value, int64_t samples, double* low, double* high) {
+    double largest = 0.0;
+    for (int64_t g = 0; g < samples; ++g) largest = fabs(value[g]) > largest ? fabs(value[g]) : largest;
+    for (int64_t g = 0, last = 0; g < samples; ++g) {
+      if (!(fabs(value[g]) > rounding_share * largest)) continue;
+      const double sign = value[g] > 0.0 ? 1.0 : -1.0;
+      if (sign == -last_sign_) {
+        low[count_] = sample[last], high[count_] = sample[g];
+        place_[count_] = sample[last] + (sample[g] - sample[last]) * value[last] / (value[last] - value[g]);
+        rise_[count_++] = 2.0 * sign;
+      }
+      last = g, last_sign_ = sign;
+    }
+  }
+
+  // Newton's method within the brackets, which close by halves where it leads out of them.
+  void polish(const double* series, int64_t terms, double* low, double* high) {
+    Buffer value(count_), slope(count_);
+    double farthest = 1.0;
+    for (int step = 0; step < 20 && farthest > 1e-11 && count_ > 0; ++step) {
+      evaluate<true>(series, terms, place_, count_, value, slope);
+      farthest = 0.0;
+      for (int64_t j = 0; j < count_; ++j) {
+        (value[j] * rise_[j] > 0.0 ? high : low)[j] = place_[j];
+        double next = place_[j] - value[j] / slope[j];
+        if (!(next >= low[j] && next <= high[j])) next = 0.5 * (low[j] + high[j]);
+        const double moved = fabs(next - place_[j]);
+        farthest = moved > farthest ? moved : farthest;
+        place_[j] = next;
+      }
+    }
+  }
+
+  int64_t intervals_, count_ = 0;
+  Buffer place_, rise_;
+  double last_sign_ = 0.0;
+};
+
+// The integral of |R| at one bandwidth, and its derivative by the bandwidth.
+struct Integral {
+  double value, slope;
+};
+
+// an odd number of terms, as evaluate() takes them
+int64_t terms_of(double sigma) { return 2 * static_cast<int64_t>(ceil(0.5 * series_cutoff / sigma)) + 1; }
+constexpr int64_t most_terms = 2 * static_cast<int64_t>(0.5 * series_cutoff / least_bandwidth) + 8;
+
+// exp(-sigma^2 pi^2 k^2 / 2), twice for k > 0, times terms[k]
+void damp(double sigma, const double* moments, int64_t terms, double scale, double* series) {
+  const double exponent = -0.5 * sigma * sigma * pi * pi * 1.4426950408889634;
+#pragma omp simd
+  for (int64_t k = 0; k < terms; ++k) {
+    const double square = static_cast<double>(k) * static_cast<double>(k);
+    series[k] = 2.0 * scale * exp2_product(square, exponent) * moments[k];
+  }
+  series[0] = scale * moments[0];
+}
+
+// The residuals of all samples, as weights at places.
+class Residuals {
+ public:
+  Residuals(const double* place, const double* weight, int64_t count, double total)
+      : waves_(WaveSums::cosine, place, weight, count), scale_(1.0 / total), moments_(most_terms), sine_(most_terms) {}
+
+  Integral integral(double sigma) {
+    const int64_t terms = terms_of(sigma);
+    waves_.extend(terms, moments_);
+    Buffer series(terms);
+    damp(sigma, moments_, terms, scale_, series);
+    const SignChanges changes(series, terms, sigma);
+    WaveSums(WaveSums::sine, changes.place(), changes.rise(), changes.count()).extend(terms, sine_);
+    sine_[0] = changes.last_sign();
+    for (int64_t j = 0; j < changes.count(); ++j) sine_[0] -= changes.rise()[j] * changes.place()[j];
+    Integral result = {series[0] * sine_[0], 0.0};
+    for (int64_t k = 1; k < terms; ++k) {
+      const double frequency = pi * static_cast<double>(k);
+      sine_[k] /= -frequency;
+      result.value += series[k] * sine_[k];
+      result.slope -= sigma * frequency * frequency * series[k] * sine_[k];
+    }
+    return result;
+  }
+
+  // The sigma whose integral it is, or the least bandwidth where that is less; the search begins at sigma.
+  Integral fixpoint(double& sigma) {
+    // the integral falls with sigma, so the fixpoint lies between any sigma and the integral there
+    double low = least_bandwidth, high = 1.0;
+    for (int step = 0;; ++step) {
+      const Integral at = integral(sigma);
+      if (at.value == 0.0) {
+        // residuals that cancel do so at any bandwidth
+        for (int64_t k = 0; k < most_terms; ++k) sine_[k] = 0.0;
+        sigma = least_bandwidth;
+        return {0.0, 0.0};
+      }
+      const bool at_least = sigma == least_bandwidth && at.value < sigma;
+      if (fabs(at.value - sigma) < 1e-12 || at_least || step == 100) return at;
+      const double below = at.value < sigma ? at.value : sigma, above = at.value < sigma ? sigma : at.value;
+      low = below > low ? below : low;
+      high = above < high ? above : high;
+      const double next = sigma + (at.value - sigma) / (1.0 - at.slope);
+      // small bandwidths are dear, and Newton's first step overshoots to them
+      sigma = next > 0.25 * sigma ? next : 0.25 * sigma;
+      if (sigma < low) sigma = low == least_bandwidth ? low : 0.5 * (low + high);
+      if (sigma > high) sigma = 0.5 * (low + high);
+    }
+  }
+
+  // S = K * sign R and its slope at `count` places; the sine moments are those that the last integral left.
+  void sign_curve(double sigma, const double* place, int64_t count, double* value, double* slope) const {
+    const int64_t terms = terms_of(sigma);
+    Buffer series(terms);
+    damp(sigma, sine_, terms, 1.0, series);
+    evaluate<true>(series, terms, place, count, value, slope);
+  }
+
+ private:
+  WaveSums waves_;
+  double scale_;
+  Buffer moments_, sine_;
+};
+
+template <class Real, bool Weighted>
+struct Samples {
+  const Real* confidence;
+  const uint8_t* correct;
+  const Real* weights;
+  int64_t count;
+
+  double weight(int64_t i) const {
+    if constexpr (Weighted) return weights[i];
+    return 1.0;
+  }
+  double residual(int64_t i) const { return confidence[i] - static_cast<double>(correct[i]); }
+  Samples from(int64_t first) const {
+    return {confidence + first, correct + first, Weighted ? weights + first : nullptr, count - first};
+  }
+  // 1 for a sample that is not allowed: comparisons that NaN fails
+  int bad(int64_t i) const {
+    const Real f = confidence[i];
+    const int outside = f * (1 - f) >= 0 ? 0 : 1;
+    if constexpr (!Weighted) return outside;
+    const double w = weight(i);
+    return outside | (w >= 0.0 ? 0 : 1) | (w - w == 0.0 ? 0 : 1);
+  }
+};
+
+// Places with weights that have the samples' cosine moments, and the total weight of the samples.
+struct Sources {
+  Buffer place, weight;
+  int64_t count;
+  double total;
+  bool allowed;
+
+  explicit Sources(int64_t length) : place(length), weight(length), count(length), total(0.0), allowed(true) {}
+};
+
+template <class Real, bool Weighted>
+void take_each(const Samples<Real, Weighted>& samples, Sources& to) {
+  double *place = to.place, *weight = to.weight;
+  for (int64_t i = 0; i < samples.count; ++i) {
+    place[i] = samples.confidence[i];
+    weight[i] = samples.weight(i) * samples.residual(i);
+    to.total += samples.weight(i);
+    to.allowed &= samples.bad(i) == 0;
+  }
+}
+
+// a bin's shares of its four nearest nodes
+typedef double Double4 __attribute__((vector_size(32)));
+
+// Adds a part of the samples to its two tables of (bins) shares.
+template <class Real, bool Weighted>
+void fill_part(const Samples<Real, Weighted>& samples, int64_t begin, int64_t end, int64_t bins, Double4* table,
+               double& total, bool& allowed) {
+  Double4* const other_table = table + bins;
+  const auto& c = share_coefficients;
+  const Double4 c0 = {c[0][0], c[1][0], c[2][0], c[3][0]}, c1 = {c[0][1], c[1][1], c[2][1], c[3][1]};
+  const Double4 c2 = {c[0][2], c[1][2], c[2][2], c[3][2]}, c3 = {c[0][3], c[1][3], c[2][3], c[3][3]};
+  const double scale = static_cast<double>(bins);
+  const int last_bin = static_cast<int>(bins - 1);
+  for (int64_t first = begin; first < end; first += samples_per_block) {
+    const int64_t length = first + samples_per_block < end ? samples_per_block : end - first;
+    alignas(64) double residual[samples_per_block], offset[samples_per_block];
+    alignas(64) int bin[samples_per_block];
+    const Samples<Real, Weighted> block = samples.from(first);
+    int bad = 0;
+#pragma omp simd reduction(| : bad)
+    for (int64_t j = 0; j < length; ++j) bad |= block.bad(j);
+    if (bad != 0) {
+      allowed = false;
+      return;
+    }
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < length; ++j) {
+      const double position = block.confidence[j] * scale;
+      const int whole = static_cast<int>(position), b = whole < last_bin ? whole : last_bin;
+      bin[j] = b;
+      offset[j] = position - static_cast<double>(b) - 0.5;
+      residual[j] = block.weight(j) * block.residual(j);
+      sum += block.weight(j);
+    }
+    total += sum;
+    if (length % 2 != 0) residual[length] = offset[length] = 0.0, bin[length] = 0;
+    // neighbours go to different tables, so that the second need not wait for the first
+    for (int64_t j = 0; j < length; j += 2) {
+      table[bin[j]] += residual[j] * (((c3 * offset[j] + c2) * offset[j] + c1) * offset[j] + c0);
+      const int64_t i = j + 1;
+      other_table[bin[i]] += residual[i] * (((c3 * offset[i] + c2) * offset[i] + c1) * offset[i] + c0);
+    }
+  }
+}
+
+template <class Real, bool Weighted>
+void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threads, Sources& to) {
+  int64_t parts = samples.count / samples_per_part;
+  parts = parts < 1 ? 1 : parts < most_parts ? parts : most_parts;
+  const int64_t tables = tables_per_part * parts;
+  Buffer memory(4 * tables * bins), totals(parts);
+  Double4* const all = reinterpret_cast<Double4*>(static_cast<double*>(memory));
+  bool allowed[most_parts];
+  const int workers = threads < parts ? threads : static_cast<int>(parts);
+#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    Double4* const own = all + part * tables_per_part * bins;
+    for (int64_t b = 0; b < tables_per_part * bins; ++b) own[b] = Double4{};
+    totals[part] = 0.0, allowed[part] = true;
+    fill_part(samples, part * samples.count / parts, (part + 1) * samples.count / parts, bins, own, totals[part],
+              allowed[part]);
+  }
+  for (int64_t part = 0; part < parts; ++part) to.total += totals[part], to.allowed &= allowed[part];
+  const double width = 1.0 / static_cast<double>(bins);
+  for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = 0.0;
+  for (int64_t b = 0; b < bins; ++b) {
+    Double4 shares = all[b];
+    for (int64_t t = 1; t < tables; ++t) shares += all[t * bins + b];
+    // cosines are even about 0 and 1, and so a node beyond is the one before
+    to.weight[b > 0 ? b - 1 : 1] += shares[0];
+    to.weight[b] += shares[1];
+    to.weight[b + 1] += shares[2];
+    to.weight[b + 2 <= bins ? b + 2 : bins - 1] += shares[3];
+  }
+}
+
+// grad_i = scale w_i (S(f_i) + r_i S'(f_i))
+template <class Real, bool Weighted>
+void write_gradient(const Samples<Real, Weighted>& samples, const double* cubics, int64_t cells, double scale,
+                    int threads, Real* grad) {
+  const double width = static_cast<double>(cells);
+  const int last_cell = static_cast<int>(cells - 1);
+  const int64_t worth = samples.count / samples_per_thread;
+  int64_t parts = threads < worth ? threads : worth;
+  parts = parts < 1 ? 1 : parts;
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static) if (parts > 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = part * samples.count / parts, end = (part + 1) * samples.count / parts;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      const double position = samples.confidence[i] * width;
+      const int whole = static_cast<int>(position);
+      const int cell = whole < last_cell ? whole : last_cell;
+      const double d = position - static_cast<double>(cell);
+      const double a0 = cubics[4 * cell], a1 = cubics[4 * cell + 1], a2 = cubics[4 * cell + 2],
+                   a3 = cubics[4 * cell + 3];
+      const double value = ((a3 * d + a2) * d + a1) * d + a0;
+      const double slope = width * ((3.0 * a3 * d + 2.0 * a2) * d + a1);
+      grad[i] = static_cast<Real>(scale * samples.weight(i) * (value + samples.residual(i) * slope));
+    }
+  }
+}
+
+int64_t bins_for(double wanted) {
+  int64_t bins = least_bins;
+  while (static_cast<double>(bins) < wanted) bins *= 2;
+  return bins;
+}
+
+// Writes the results at bandwidth sigma.
+template <class Real, bool Weighted>
+void finish(const Samples<Real, Weighted>& samples, const Residuals& residuals, const Sources& sources,
+            const SmoothEceArguments& arguments, double sigma, const Integral& at, int threads) {
+  Real* const stats = static_cast<Real*>(arguments.stats);
+  stats[0] = static_cast<Real>(at.value), stats[1] = static_cast<Real>(sigma);
+  if (arguments.grad == nullptr) return;
+  const bool fixpoint = arguments.bandwidth == 0.0 && sigma > least_bandwidth;
+  const double scale = 1.0 / (sources.total * (fixpoint ? 1.0 - at.slope : 1.0));
+  const int64_t cells = static_cast<int64_t>(ceil(cells_per_sigma / (sigma < 1.0 ? sigma : 1.0)));
+  Real* const grad = static_cast<Real*>(arguments.grad);
+  if (samples.count <= cells && samples.count <= exact_samples) {
+    Buffer value(samples.count), slope(samples.count);
+    residuals.sign_curve(sigma, sources.place, samples.count, value, slope);
+    for (int64_t i = 0; i < samples.count; ++i) {
+      grad[i] = static_cast<Real>(scale * samples.weight(i) * (value[i] + samples.residual(i) * slope[i]));
+    }
+    return;
+  }
+  Buffer place(cells + 1), value(cells + 1), slope(cells + 1), cubics(4 * cells);
+  const double width = 1.0 / static_cast<double>(cells);
+  for (int64_t j = 0; j <= cells; ++j) place[j] = static_cast<double>(j) * width;
+  residuals.sign_curve(sigma, place, cells + 1, value, slope);
+  for (int64_t j = 0; j < cells; ++j) {
+    hermite(value[j], slope[j] * width, value[j + 1], slope[j + 1] * width, cubics + 4 * j);
+  }
+  write_gradient(samples, cubics, cells, scale, threads, grad);
+}
+
+template <class Real, bool Weighted>
+bool measure(const SmoothEceArguments& arguments, int threads) {
+  const Samples<Real, Weighted> samples = {static_cast<const Real*>(arguments.confidence), arguments.correct,
+                                           static_cast<const Real*>(arguments.weights), arguments.count};
+  const bool exact = samples.count <= exact_samples;
+  double sigma = arguments.bandwidth;
+  int64_t bins = bins_for(sigma > 0.0 ? bins_per_sigma / sigma : 0.0);
+  for (;;) {
+    Sources sources(exact ? samples.count : bins + 1);
+    if (exact) {
+      take_each(samples, sources);
+    } else {
+      take_binned(samples, bins, threads, sources);
+    }
+    if (!sources.allowed || !(sources.total > 0.0)) return false;
+    Residuals residuals(sources.place, sources.weight, sources.count, sources.total);
+    if (arguments.bandwidth == 0.0 && sigma == 0.0) sigma = first_bandwidth;
+    const Integral at = arguments.bandwidth == 0.0 ? residuals.fixpoint(sigma) : residuals.integral(sigma);
+    const double wanted = arguments.bandwidth == 0.0 && at.value != 0.0 ? bins_per_fixpoint / sigma : 0.0;
+    if (exact || static_cast<double>(bins) >= wanted) {
+      finish(samples, residuals, sources, arguments, sigma, at, threads);
+      return true;
+    }
+    bins = bins_for(wanted);
+  }
+}
+
+}  // namespace
+
+bool smooth_ece(const SmoothEceArguments& arguments, int threads) {
+  if (arguments.weights != nullptr) {
+    return arguments.wide ? measure<double, true>(arguments, threads) : measure<float, true>(arguments, threads);
+  }
+  return arguments.wide ? measure<double, false>(arguments, threads) : measure<float, false>(arguments, threads);
+}
+
+}  // namespace CALGUIDE_ISA
+}  // namespace calguide

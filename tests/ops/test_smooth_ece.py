@@ -1,0 +1,447 @@
+"""smooth_ece against its definition: quadrature of |R| with the Gaussian summed over its images, and bisection."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from formulas import assert_near
+from numpy.typing import NDArray
+
+from calguide_fast import smooth_ece, smooth_ece_from_logits, use_backend
+from calguide_fast.backends import cpu, reference
+from calguide_fast.backends import smooth_ece as plain
+
+Sample = tuple[NDArray, NDArray, NDArray]  # confidences, outcomes, weights
+
+FLOOR = 1e-3
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def served(request):
+    """The backends that have the op; the others leave it to the reference."""
+    with use_backend(request.param):
+        yield request.param
+
+
+def curve(t: NDArray, sigma: float, f: NDArray, y: NDArray, w: NDArray) -> NDArray:
+    """R at the points t: Gaussians at every reflection of f in 0 and 1."""
+    reach = math.ceil(4.5 * sigma) + 1
+    r = np.zeros_like(t)
+    for image in range(-reach, reach + 1):
+        for sign in (1, -1):
+            distance = (t[:, None] - 2 * image - sign * f) / sigma
+            r += np.exp(-0.5 * distance**2) @ (w * (f - y)) / (sigma * math.sqrt(2 * math.pi))
+    return r / w.sum()
+
+
+def integral(sigma: float, f: NDArray, y: NDArray, w: NDArray) -> float:
+    """The integral of |R|, exact for its linear interpolation on a fine grid."""
+    t = np.linspace(0, 1, max(2001, math.ceil(500 / sigma)))
+    r = curve(t, sigma, f, y, w)
+    a, b = r[:-1], r[1:]
+    size = (np.abs(a) + np.abs(b)) / 2
+    crossing = a * b < 0
+    size[crossing] = (a**2 + b**2)[crossing] / (2 * (np.abs(a) + np.abs(b))[crossing])
+    return float(size.sum() * (t[1] - t[0]))
+
+
+def bisected(f: NDArray, y: NDArray, w: NDArray) -> float:
+    low, high = 0.0, 1.0
+    for _ in range(28):
+        middle = (low + high) / 2
+        if integral(middle, f, y, w) > middle:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def outcomes(generator: np.random.Generator, chance: NDArray) -> NDArray:
+    return (generator.random(len(chance)) < chance).astype(float)
+
+
+def smooth(g: np.random.Generator) -> Sample:
+    f = g.random(60)
+    return f, outcomes(g, f**1.5), np.ones(60)
+
+
+def calibrated(g: np.random.Generator) -> Sample:
+    f = g.random(60)
+    return f, outcomes(g, f), np.ones(60)
+
+
+def weighted(g: np.random.Generator) -> Sample:
+    f = g.random(50)
+    return f, outcomes(g, f**0.7), g.random(50)
+
+
+def one_signed(g: np.random.Generator) -> Sample:
+    return g.random(30), np.zeros(30), np.ones(30)
+
+
+def one(g: np.random.Generator) -> Sample:
+    return np.array([0.7]), np.array([1.0]), np.ones(1)
+
+
+def two(g: np.random.Generator) -> Sample:
+    return np.array([0.35, 0.6]), np.array([0.0, 1.0]), np.ones(2)
+
+
+def mass(place: float, chance: float, half: bool):
+    """400 samples with all or half of them at one place, which are taken together in the weights."""
+
+    def sample(g: np.random.Generator) -> Sample:
+        here = 200 if half else 400
+        right = round(chance * here)
+        f = g.random(400 - here)
+        y = outcomes(g, 0.8 * f + 0.1)
+        weights = np.concatenate([np.ones(len(f)), [right, here - right]])
+        return np.append(f, [place, place]), np.append(y, [1.0, 0.0]), weights
+
+    return sample
+
+
+CASES = {
+    "smooth": smooth,
+    "calibrated": calibrated,
+    "weighted": weighted,
+    "one signed": one_signed,
+    "one": one,
+    "two": two,
+    "all at 0": mass(0.0, 0.2, half=False),
+    "all at 1": mass(1.0, 0.7, half=False),
+    "half at 0": mass(0.0, 0.3, half=True),
+    "half at 1": mass(1.0, 0.65, half=True),
+}
+
+
+@functools.cache
+def case(name: str) -> Sample:
+    return CASES[name](np.random.default_rng(3))
+
+
+@functools.cache
+def expected(name: str) -> float:
+    return bisected(*case(name))
+
+
+def tensors(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    f, y, w = case(name)
+    return torch.tensor(f), torch.tensor(y), torch.tensor(w)
+
+
+def sample(n: int, power: float = 1.5, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    f = torch.rand(n, dtype=torch.float64)
+    return f.to(dtype), torch.rand(n, dtype=torch.float64) < f**power
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fixpoint_is_that_of_the_definition(name, served):
+    f, y, w = tensors(name)
+    found = smooth_ece(f, y, weights=w)
+    assert found.value.dtype == found.bandwidth.dtype == torch.float64 and found.value.shape == ()
+    assert found.value.item() == pytest.approx(expected(name), abs=1e-7)
+    assert found.bandwidth.item() == pytest.approx(found.value.item(), abs=1e-11)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.07, 0.4, 2.0])
+@pytest.mark.parametrize("name", ["smooth", "two", "half at 1"])
+def test_fixed_bandwidth_is_the_integral(name, sigma, served):
+    f, y, w = tensors(name)
+    found = smooth_ece(f, y, sigma, w)
+    assert found.value.item() == pytest.approx(integral(sigma, *case(name)), abs=1e-7)
+    assert found.bandwidth.item() == sigma
+
+
+@pytest.mark.parametrize("sigma", [0.004, 0.05, 0.5])
+def test_binned_moments_serve_any_bandwidth(sigma):
+    """More samples than are taken one by one, with no bandwidth to round off."""
+    f, y = sample(6000)
+    with use_backend("reference"):
+        expected = smooth_ece(f, y, sigma).value
+    assert_near(smooth_ece(f, y, sigma).value, expected, 1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 100, 4096, 4097, 20000])
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_kernel_equals_reference(n, power):
+    f, y = sample(n, power)
+    results = []
+    for backend in (cpu, reference):
+        results.append(backend.smooth_ece(f, y, None, 0.0, True))
+    (stats, grad), (expected_stats, expected_grad) = results
+    assert_near(stats, expected_stats, 2e-9)
+    assert_near(grad / expected_grad.abs().max(), expected_grad / expected_grad.abs().max(), 5e-6)
+
+
+def test_a_double_root_between_two_looks_is_found():
+    """Two residuals that all but cancel make |R| touch 0; whether it dips through must not depend on a grid."""
+    f = torch.tensor([0.2, 0.45, 0.7], dtype=torch.float64)
+    y = torch.tensor([0.0, 1.0, 0.0])
+    for weight in torch.linspace(0.05, 0.6, 200, dtype=torch.float64):
+        w = torch.tensor([1.0, weight, 1.0], dtype=torch.float64)
+        values = [backend.smooth_ece(f, y > 0, w, 0.1, False)[0][0] for backend in (cpu, reference)]
+        assert_near(values[0], values[1], 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_confidences(dtype, served):
+    f, y = sample(500, dtype=dtype)
+    found, wide = smooth_ece(f, y), smooth_ece(f.double(), y)
+    assert found.value.dtype == torch.float32
+    assert_near(found.value, wide.value, 1e-7)
+    leaf = f.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(smooth_ece(leaf, y).value, leaf)
+    assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("bandwidth", [None, 0.05])
+@pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
+def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
+    f, y, w = tensors(name)
+    f = f.clamp(1e-4, 1 - 1e-4)
+    leaf = f.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(smooth_ece(leaf, y, bandwidth, w).value, leaf)
+    step = 1e-5
+    for i in range(0, len(f), max(1, len(f) // 12)):
+        shift = step * torch.nn.functional.one_hot(torch.tensor(i), len(f)).double()
+        up, down = (smooth_ece(f + sign * shift, y, bandwidth, w).value for sign in (1, -1))
+        assert grad[i].item() == pytest.approx((up - down).item() / (2 * step), abs=1e-5 * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("bandwidth", [None, 0.1])
+def test_gradcheck(bandwidth, served):
+    f, y = sample(12)
+    assert torch.autograd.gradcheck(lambda f: smooth_ece(f, y, bandwidth).value, (f.requires_grad_(),))
+
+
+def test_gradient_scales_and_bandwidth_is_detached(served):
+    f, y = sample(50)
+    leaf = f.clone().requires_grad_()
+    found = smooth_ece(leaf, y)
+    assert found.value.requires_grad and not found.bandwidth.requires_grad
+    (grad,) = torch.autograd.grad(found.value, leaf)
+    (scaled,) = torch.autograd.grad(-3 * smooth_ece(leaf, y).value, leaf)
+    assert torch.equal(scaled, -3 * grad)
+    with torch.no_grad():
+        assert not smooth_ece(leaf, y).value.requires_grad
+
+
+def test_func_transforms(served):
+    f, y = sample(60)
+    f, y = f.view(3, 20), y.view(3, 20)
+
+    def value(f, y):
+        return smooth_ece(f, y).value
+
+    each = torch.stack([value(*row) for row in zip(f, y)])
+    assert torch.equal(torch.func.vmap(value)(f, y), each)
+    leaf = f[0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(value(leaf, y[0]), leaf)
+    assert torch.equal(torch.func.grad(value)(f[0], y[0]), grad)
+    mapped = torch.func.vmap(torch.func.grad(value))(f, y)
+    assert torch.equal(mapped[0], grad)
+    assert torch.equal(torch.func.grad(lambda f: torch.func.vmap(value)(f, y).sum())(f), mapped)
+
+
+def test_compiled_backward(served):
+    torch._dynamo.reset()
+    f, y = sample(30, dtype=torch.float32)
+    leaf, again = f.clone().requires_grad_(), f.clone().requires_grad_()
+    compiled = torch.compile(lambda f: smooth_ece(f, y).value * 2, fullgraph=True, backend="aot_eager")
+    compiled(leaf).backward()
+    (smooth_ece(again, y).value * 2).backward()
+    assert torch.equal(leaf.grad, again.grad)
+
+
+@pytest.mark.parametrize("outcome", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64])
+def test_outcomes_of_any_dtype(outcome, served):
+    f, y = sample(40)
+    assert torch.equal(smooth_ece(f, y.to(outcome)).value, smooth_ece(f, y).value)
+
+
+def test_strided_inputs(served):
+    f, y = sample(40)
+    w = torch.rand(40, dtype=torch.float64)
+    dense = [tensor[::2].contiguous() for tensor in (f, y, w)]
+    assert_near(
+        smooth_ece(f[::2], y[::2], None, w[::2]).value, smooth_ece(dense[0], dense[1], None, dense[2]).value, 1e-14
+    )
+
+
+@pytest.mark.parametrize("n", [200, 5000])
+def test_weights_are_repetitions(n, served):
+    f, y = sample(n)
+    times = torch.randint(0, 4, (n,))
+    repeated = smooth_ece(f.repeat_interleave(times), y.repeat_interleave(times))
+    assert_near(smooth_ece(f, y, weights=times.double()).value, repeated.value, 2e-9)
+    assert_near(smooth_ece(f, y, weights=7 * times.double()).value, repeated.value, 2e-9)
+
+
+@pytest.mark.parametrize("n", [200, 5000])
+def test_order_and_naming_of_the_outcomes_do_not_matter(n, served):
+    f, y = sample(n)
+    value = smooth_ece(f, y).value
+    order = torch.randperm(n)
+    assert_near(smooth_ece(f[order], y[order]).value, value, 1e-12)
+    assert_near(smooth_ece(1 - f, ~y).value, value, 2e-9)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_value_is_between_its_bounds(power, served):
+    f, y = sample(300, power)
+    r = f - y.double()
+    value = smooth_ece(f, y).value
+    assert r.mean().abs() - 1e-12 <= value <= r.abs().mean()
+    # the integral falls with the bandwidth
+    values = torch.stack([smooth_ece(f, y, sigma).value for sigma in (0.01, 0.05, 0.2, 0.8, 3.0)])
+    assert (values.diff() < 1e-12).all()
+    assert_near(values[-1], r.mean().abs(), 1e-9)
+
+
+@pytest.mark.parametrize("place", [0.0, 1.0])
+def test_a_mass_at_the_end_counts_in_full(place, served):
+    f = torch.full((1000,), place)
+    y = torch.arange(1000) < 820
+    assert smooth_ece(f, y).value.item() == pytest.approx(0.82 if place == 0 else 0.18, abs=1e-7)
+
+
+def test_residuals_of_zero(served):
+    f = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    leaf = f.clone().requires_grad_()
+    found = smooth_ece(leaf, f)
+    assert found.value == 0 and found.bandwidth.item() == pytest.approx(FLOOR)
+    assert torch.equal(torch.autograd.grad(found.value, leaf)[0], torch.zeros(4))
+    # residuals that cancel where they are
+    assert smooth_ece(torch.tensor([0.5, 0.5]), torch.tensor([0, 1])).value == 0
+
+
+def test_bandwidth_has_a_floor(served):
+    leaf = torch.full((50,), 2e-4, dtype=torch.float64, requires_grad=True)
+    found = smooth_ece(leaf, torch.zeros(50))
+    assert found.bandwidth == FLOOR
+    assert found.value.item() == pytest.approx(2e-4, abs=1e-12)
+    assert_near(torch.autograd.grad(found.value, leaf)[0], torch.full((50,), 0.02, dtype=torch.float64), 1e-9)
+
+
+def test_result_does_not_depend_on_threads(two_threads):
+    f, y = sample(600_001, 1.1, torch.float32)
+    w = torch.rand(len(f))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(cpu.smooth_ece(f, y, w, 0.0, True))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_gradient_descent_calibrates(served):
+    """Confidences 0.3 too high are brought to the frequency by temperature alone."""
+    margin = 2 * torch.rand(2000) + 0.5
+    y = torch.rand(2000) < torch.sigmoid(margin)
+    log_scale = torch.tensor(1.5, requires_grad=True)
+    before = smooth_ece(torch.sigmoid(margin * log_scale.exp()), y).value.item()
+    optimizer = torch.optim.Adam([log_scale], lr=0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        smooth_ece(torch.sigmoid(margin * log_scale.exp()), y).value.backward()
+        optimizer.step()
+    assert before > 0.1
+    assert smooth_ece(torch.sigmoid(margin * log_scale.exp()), y).value < 0.03
+
+
+def test_from_logits_is_of_the_top_class(served):
+    logits, labels = 3 * torch.randn(200, 10), torch.randint(10, (200,))
+    p = logits.softmax(1)
+    found = smooth_ece_from_logits(logits, labels)
+    assert torch.equal(found.value, smooth_ece(p.max(1).values, p.argmax(1) == labels).value)
+    weights = torch.rand(200)
+    weighed = smooth_ece_from_logits(logits, labels, 0.1, weights)
+    assert torch.equal(weighed.value, smooth_ece(p.max(1).values, p.argmax(1) == labels, 0.1, weights).value)
+    assert weighed.bandwidth.item() == pytest.approx(0.1)
+
+
+def test_from_logits_classwise_is_the_mean(served):
+    logits, labels = torch.randn(100, 4), torch.randint(4, (100,))
+    each = torch.stack([smooth_ece(logits.softmax(1)[:, c], labels == c).value for c in range(4)])
+    assert torch.equal(smooth_ece_from_logits(logits, labels, classwise=True).value, each.mean())
+
+
+@pytest.mark.parametrize("classwise", [False, True])
+def test_from_logits_gradcheck(classwise, served):
+    logits, labels = torch.randn(8, 3, dtype=torch.float64, requires_grad=True), torch.randint(3, (8,))
+    assert torch.autograd.gradcheck(
+        lambda logits: smooth_ece_from_logits(logits, labels, classwise=classwise).value, (logits,)
+    )
+
+
+HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.5], RIGHT), TypeError, "confidence must be a torch.Tensor, got list"),
+        ((torch.ones(3, dtype=torch.int64), RIGHT), TypeError, "confidence has dtype torch.int64"),
+        ((torch.zeros(2, 2), RIGHT), ValueError, r"confidence has shape \(2, 2\); it must be \(n,\)"),
+        ((torch.empty(0), torch.empty(0)), ValueError, r"confidence has shape \(0,\).*at least 1"),
+        ((HALF, [0, 1, 1]), TypeError, "correct must be a torch.Tensor, got list"),
+        ((HALF, RIGHT[:2]), ValueError, r"correct has shape \(2,\); it must be \(3,\)"),
+        ((HALF, RIGHT.to(torch.complex64)), TypeError, "correct has dtype torch.complex64"),
+        ((HALF, torch.tensor([0, 2, 1])), ValueError, r"correct\[1\]=2 must be 0 or 1"),
+        ((HALF, torch.tensor([0.0, 1.0, math.nan])), ValueError, r"correct\[2\]=nan must be 0 or 1"),
+        ((torch.tensor([0.1, 1.5, 0.2]), RIGHT), ValueError, r"confidence\[1\]=1.5 must lie in \[0, 1\]"),
+        ((torch.tensor([0.1, -0.5, 0.2]), RIGHT > 0), ValueError, r"confidence\[1\]=-0.5 must lie in \[0, 1\]"),
+        ((torch.tensor([0.1, math.nan, 0.2]), RIGHT > 0), ValueError, r"confidence\[1\]=nan must lie in \[0, 1\]"),
+        ((HALF, RIGHT, 0.0), ValueError, "bandwidth=0.0 must be finite and at least 0.001"),
+        ((HALF, RIGHT, math.nan), ValueError, "bandwidth=nan must be finite"),
+        ((HALF, RIGHT, "0.1"), TypeError, "bandwidth must be a number, got '0.1'"),
+        ((HALF, RIGHT, None, [1, 1, 1]), TypeError, "weights must be a torch.Tensor, got list"),
+        ((HALF, RIGHT, None, torch.ones(2)), ValueError, r"weights has shape \(2,\); it must be \(3,\)"),
+        ((HALF, RIGHT > 0, None, torch.tensor([1.0, -1, 1])), ValueError, r"weights\[1\]=-1.0 must be finite and at"),
+        ((HALF, RIGHT > 0, None, torch.tensor([1.0, 1, math.inf])), ValueError, r"weights\[2\]=inf must be finite"),
+        ((HALF, RIGHT > 0, None, torch.zeros(3)), ValueError, r"weights are all 0 \(3 of them\)"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message, served):
+    with pytest.raises(error, match=message):
+        smooth_ece(*arguments)
+
+
+@pytest.mark.parametrize("index", [0, 127, 4999])
+def test_a_wrong_value_among_many_is_found(index, served):
+    f, y = sample(5000)
+    f[index] = math.nan
+    with pytest.raises(ValueError, match=rf"confidence\[{index}\]=nan"):
+        smooth_ece(f, y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(3), RIGHT), ValueError, r"logits has shape \(3,\); it must be \(n, C\)"),
+        ((torch.zeros(0, 4), RIGHT), ValueError, r"logits has shape \(0, 4\)"),
+        ((torch.zeros(3, 4), RIGHT[:2]), ValueError, r"labels has shape \(2,\)"),
+        ((torch.zeros(3, 4), HALF), TypeError, "labels has dtype torch.float32; it must be an integer type"),
+        ((torch.zeros(3, 4), RIGHT + 3), ValueError, r"labels\[1\]=4 is out of range"),
+    ],
+)
+def test_wrong_logits_and_labels_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        smooth_ece_from_logits(*arguments)
+
+
+@pytest.mark.parametrize("spoilt", ["confidence", "range", "weights"])
+def test_where_values_are_not_looked_at_they_give_nan(spoilt, monkeypatch):
+    """As on a GPU, whose tensors are not waited for."""
+    monkeypatch.setattr(plain, "check_outcomes", lambda *arguments: None)
+    f, w = HALF.clone(), torch.ones(3)
+    if spoilt == "weights":
+        w[1] = -1.0
+    else:
+        f[1] = math.nan if spoilt == "confidence" else 1.5
+    stats, grad = reference.smooth_ece(f, RIGHT > 0, w, 0.0, True)
+    assert stats.isnan().all() and grad.shape == (3,) and grad.isnan().all()
