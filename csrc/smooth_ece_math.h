@@ -39,12 +39,12 @@ CALGUIDE_INLINE double sin_pi(double t) {
   return sin_pi_small(nearer);
 }
 
-// The share that each of the four nodes around a bin, at -3/2, -1/2, 1/2 and 3/2 from its centre in bins, has in a
-// sample at offset d from the centre by cubic interpolation: coefficients of d^0 .. d^3.
-constexpr double share_coefficients[4][4] = {{-1.0 / 16.0, 1.0 / 24.0, 1.0 / 4.0, -1.0 / 6.0},
-                                             {9.0 / 16.0, -9.0 / 8.0, -1.0 / 4.0, 1.0 / 2.0},
-                                             {9.0 / 16.0, 9.0 / 8.0, -1.0 / 4.0, -1.0 / 2.0},
-                                             {-1.0 / 16.0, -1.0 / 24.0, 1.0 / 4.0, 1.0 / 6.0}};
+// Shares of the four nodes around a bin, at -3/2, -1/2, 1/2 and 3/2 from its centre in bins, in a sample at offset d
+// from the centre, by cubic interpolation: the coefficients of d^0 .. d^3, each for the four nodes.
+constexpr double share_coefficients[4][4] = {{-1.0 / 16.0, 9.0 / 16.0, 9.0 / 16.0, -1.0 / 16.0},
+                                             {1.0 / 24.0, -9.0 / 8.0, 9.0 / 8.0, -1.0 / 24.0},
+                                             {1.0 / 4.0, -1.0 / 4.0, -1.0 / 4.0, 1.0 / 4.0},
+                                             {-1.0 / 6.0, 1.0 / 2.0, -1.0 / 2.0, 1.0 / 6.0}};
 
 // cubic[0..3]: coefficients of the cubic on [0, 1] with given values and slopes at its ends
 CALGUIDE_INLINE void hermite(double left, double left_slope, double right, double right_slope, double* cubic) {

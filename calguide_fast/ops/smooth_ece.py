@@ -67,10 +67,9 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if _may_be_differentiated(confidence):
-        stats = _Differentiable.apply(confidence, correct, weights, sigma)[0]
-    else:
-        stats = _measure(confidence, correct, weights, sigma, False)[0]
-    return SmoothECE(stats[0], stats[1].detach())
+        return SmoothECE(*_Differentiable.apply(confidence, correct, weights, sigma)[:2])
+    stats, _ = _measure(confidence, correct, weights, sigma, False)
+    return SmoothECE(stats[0], stats[1])
 
 
 def smooth_ece_from_logits(
@@ -150,20 +149,21 @@ class _Differentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float) -> tuple[Tensor, Tensor]:
-        return _measure(confidence, correct, weights, bandwidth, True)
+    def forward(confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float) -> tuple[Tensor, ...]:
+        stats, grad = _measure(confidence, correct, weights, bandwidth, True)
+        return stats[0].clone(), stats[1].clone(), grad
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2])
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, stats_grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, value_grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (stats_grad[0] * grad).to(ctx.dtype), None, None, None
+        return (value_grad * grad).to(ctx.dtype), None, None, None
 
 
 def _measure(

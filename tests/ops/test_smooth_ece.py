@@ -179,10 +179,10 @@ def test_kernel_equals_reference(n, power):
 
 
 def test_a_double_root_between_two_looks_is_found():
-    """Two residuals that all but cancel make |R| touch 0; whether it dips through must not depend on a grid."""
-    f = torch.tensor([0.2, 0.45, 0.7], dtype=torch.float64)
+    """As the weight grows, R dips through 0 between two points of the grid, and at first shows it at neither."""
+    f = torch.tensor([0.2062, 0.4562, 0.7062], dtype=torch.float64)
     y = torch.tensor([0.0, 1.0, 0.0])
-    for weight in torch.linspace(0.05, 0.6, 200, dtype=torch.float64):
+    for weight in torch.linspace(0.0614, 0.0624, 100, dtype=torch.float64):
         w = torch.tensor([1.0, weight, 1.0], dtype=torch.float64)
         values = [backend.smooth_ece(f, y > 0, w, 0.1, False)[0][0] for backend in (cpu, reference)]
         assert_near(values[0], values[1], 1e-9)

@@ -344,17 +344,36 @@ void take_each(const Samples<Real, Weighted>& samples, Sources& to) {
   }
 }
 
-// a bin's shares of its four nearest nodes
-typedef double Double4 __attribute__((vector_size(32)));
+// no wider than the machine's registers: what is wider is taken apart, ten times slower
+#if defined(__AVX__)
+typedef double Lanes __attribute__((vector_size(32)));
+#else
+typedef double Lanes __attribute__((vector_size(16)));
+#endif
+
+// of a bin's four nearest nodes
+struct Shares {
+  static constexpr int vectors = 32 / sizeof(Lanes);
+  Lanes lanes[vectors];
+
+  double of(int node) const { return lanes[node * vectors / 4][node % (4 / vectors)]; }
+};
+
+__attribute__((always_inline)) inline void add_sample(Shares& shares, double residual, double offset,
+                                                      const Shares (&c)[4]) {
+  for (int v = 0; v < Shares::vectors; ++v) {
+    shares.lanes[v] +=
+        residual * (((c[3].lanes[v] * offset + c[2].lanes[v]) * offset + c[1].lanes[v]) * offset + c[0].lanes[v]);
+  }
+}
 
 // Adds a part of the samples to its two tables of (bins) shares.
 template <class Real, bool Weighted>
-void fill_part(const Samples<Real, Weighted>& samples, int64_t begin, int64_t end, int64_t bins, Double4* table,
+void fill_part(const Samples<Real, Weighted>& samples, int64_t begin, int64_t end, int64_t bins, Shares* table,
                double& total, bool& allowed) {
-  Double4* const other_table = table + bins;
-  const auto& c = share_coefficients;
-  const Double4 c0 = {c[0][0], c[1][0], c[2][0], c[3][0]}, c1 = {c[0][1], c[1][1], c[2][1], c[3][1]};
-  const Double4 c2 = {c[0][2], c[1][2], c[2][2], c[3][2]}, c3 = {c[0][3], c[1][3], c[2][3], c[3][3]};
+  Shares* const other_table = table + bins;
+  Shares coefficients[4];
+  memcpy(coefficients, share_coefficients, sizeof coefficients);
   const double scale = static_cast<double>(bins);
   const int last_bin = static_cast<int>(bins - 1);
   for (int64_t first = begin; first < end; first += samples_per_block) {
@@ -383,9 +402,8 @@ void fill_part(const Samples<Real, Weighted>& samples, int64_t begin, int64_t en
     if (length % 2 != 0) residual[length] = offset[length] = 0.0, bin[length] = 0;
     // neighbours go to different tables, so that the second need not wait for the first
     for (int64_t j = 0; j < length; j += 2) {
-      table[bin[j]] += residual[j] * (((c3 * offset[j] + c2) * offset[j] + c1) * offset[j] + c0);
-      const int64_t i = j + 1;
-      other_table[bin[i]] += residual[i] * (((c3 * offset[i] + c2) * offset[i] + c1) * offset[i] + c0);
+      add_sample(table[bin[j]], residual[j], offset[j], coefficients);
+      add_sample(other_table[bin[j + 1]], residual[j + 1], offset[j + 1], coefficients);
     }
   }
 }
@@ -396,13 +414,13 @@ void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threa
   parts = parts < 1 ? 1 : parts < most_parts ? parts : most_parts;
   const int64_t tables = tables_per_part * parts;
   Buffer memory(4 * tables * bins), totals(parts);
-  Double4* const all = reinterpret_cast<Double4*>(static_cast<double*>(memory));
+  Shares* const all = reinterpret_cast<Shares*>(static_cast<double*>(memory));
   bool allowed[most_parts];
   const int workers = threads < parts ? threads : static_cast<int>(parts);
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
   for (int64_t part = 0; part < parts; ++part) {
-    Double4* const own = all + part * tables_per_part * bins;
-    for (int64_t b = 0; b < tables_per_part * bins; ++b) own[b] = Double4{};
+    Shares* const own = all + part * tables_per_part * bins;
+    for (int64_t b = 0; b < tables_per_part * bins; ++b) own[b] = Shares{};
     totals[part] = 0.0, allowed[part] = true;
     fill_part(samples, part * samples.count / parts, (part + 1) * samples.count / parts, bins, own, totals[part],
               allowed[part]);
@@ -411,13 +429,15 @@ void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threa
   const double width = 1.0 / static_cast<double>(bins);
   for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = 0.0;
   for (int64_t b = 0; b < bins; ++b) {
-    Double4 shares = all[b];
-    for (int64_t t = 1; t < tables; ++t) shares += all[t * bins + b];
+    Shares shares = all[b];
+    for (int64_t t = 1; t < tables; ++t) {
+      for (int v = 0; v < Shares::vectors; ++v) shares.lanes[v] += all[t * bins + b].lanes[v];
+    }
     // cosines are even about 0 and 1, and so a node beyond is the one before
-    to.weight[b > 0 ? b - 1 : 1] += shares[0];
-    to.weight[b] += shares[1];
-    to.weight[b + 1] += shares[2];
-    to.weight[b + 2 <= bins ? b + 2 : bins - 1] += shares[3];
+    to.weight[b > 0 ? b - 1 : 1] += shares.of(0);
+    to.weight[b] += shares.of(1);
+    to.weight[b + 1] += shares.of(2);
+    to.weight[b + 2 <= bins ? b + 2 : bins - 1] += shares.of(3);
   }
 }
 
