@@ -350,7 +350,8 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   row.max = load_row<T>(arguments, b, row.x);
   row.label.present = true;
   row.label.logit = row.x[label];
-  row.label.d = distance(row.label.logit, row.max);
+  // a masked label stays at minus infinity, by which it is found
+  row.label.d = row.label.logit > -INFINITY ? distance(row.label.logit, row.max) : row.label.logit;
   // the last class takes the label's place, and goes home at the end
   row.x[label] = row.x[last];
   row.count = last;
