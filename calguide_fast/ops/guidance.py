@@ -180,7 +180,8 @@ def guidance_gradient(
     Args:
         logits: (B, C), float32, bfloat16, float16 or float64, any strides. A logit of −inf masks its class: the row's
             result is that of the other classes alone. NaN or +inf gives NaN in its own row.
-        labels: (B,) integers in 0..C−1.
+        labels: (B,) integers in 0..C−1. One outside them is an error on a CPU; on a GPU, where a look at the labels
+            would wait for the device, its row is NaN.
         divergence: ``"reverse_kl"`` is KL(q‖p), ``"forward_kl"`` KL(p‖q), ``"js"``, ``"jeffreys"``, ``"hellinger"``,
             ``"chi2"``, ``"neyman_chi2"``, ``"alpha:a"`` (Cressie-Read of order a) or ``"none"``.
         alpha: weight α ≥ 0 of the divergence.
