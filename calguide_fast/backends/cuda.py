@@ -49,6 +49,8 @@ tilt_weights = _on_its_device(_kernels.tilt_weights)
 predict_x0 = _on_its_device(_kernels.predict_x0)
 guided_step = _on_its_device(_kernels.guided_step)
 philox_normal = _on_its_device(_kernels.philox_normal)
+top_label = _on_its_device(_kernels.top_label)
+top_label_backward = _on_its_device(_kernels.top_label_backward)
 
 
 def describe() -> str:

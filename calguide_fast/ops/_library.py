@@ -40,3 +40,21 @@ def dispatched(op: Any, *arguments: Any) -> Any:
     """The op's result by way of the dispatcher, cut off from autograd as on the direct path."""
     with torch.no_grad():
         return op(*arguments)
+
+
+_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
+def may_be_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd or a transform may ask for a gradient in this tensor."""
+    if not torch.is_grad_enabled():
+        return False
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    # vmap hides what a transform around it requires
+    return any(level.key() in _DIFFERENTIATING for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """A tensor of a vmap with the mapped dimension first, repeated where there is none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
