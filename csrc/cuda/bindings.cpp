@@ -5,6 +5,7 @@
 #include "cuda/place.h"
 #include "cuda/step.h"
 #include "cuda/tilt.h"
+#include "cuda/top_label.h"
 #include "read_arguments.h"
 
 #ifndef CALGUIDE_CUDA_MACHINE_CODE
@@ -33,6 +34,15 @@ void launch_at(PyObject* pair, const Launch& launch) {
 int64_t guide(const py::tuple& pair, const GuidanceArguments& arguments) {
   launch_at(pair.ptr(), [&](const Place& place) { launch_guidance_gradient(arguments, place); });
   return -1;
+}
+
+int64_t label(const py::tuple& pair, const TopLabelArguments& arguments) {
+  launch_at(pair.ptr(), [&](const Place& place) { launch_top_label(arguments, place); });
+  return -1;
+}
+
+void pull(const py::tuple& pair, const TopLabelBackwardArguments& arguments) {
+  launch_at(pair.ptr(), [&](const Place& place) { launch_top_label_backward(arguments, place); });
 }
 
 void tilt_weights(const py::tuple& pair, uintptr_t scores, int64_t stride, int64_t count, double tilt,
@@ -146,6 +156,8 @@ PYBIND11_MODULE(_cuda, module) {
   static PyMethodDef methods[] = {positional("guided_step", &guided_step), positional("predict_x0", &predict_x0), {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("guidance_gradient", guidance_function<py::tuple>(&guide));
+  module.def("top_label", top_label_function<py::tuple>(&label));
+  module.def("top_label_backward", top_label_backward_function<py::tuple>(&pull));
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
   module.def("unavailable", &unavailable);

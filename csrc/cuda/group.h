@@ -28,6 +28,19 @@ CALGUIDE_DEVICE Real warp_max(Real value) {
   return value;
 }
 
+// One thread, which has the row to itself.
+struct ThreadGroup {
+  static constexpr int size = 1;
+
+  CALGUIDE_MEMBER int rank() const { return 0; }
+  template <int N, class Real>
+  CALGUIDE_MEMBER void sum(Real (&)[N]) const {}
+  template <class Real>
+  CALGUIDE_MEMBER Real max(Real value) const {
+    return value;
+  }
+};
+
 // One warp, along x.
 struct WarpGroup {
   static constexpr int size = warp_size;

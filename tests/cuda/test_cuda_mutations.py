@@ -88,22 +88,22 @@ MUTATIONS = {
         "b += Group::size - 1",
     ),
     "a logit read beyond the row": (
-        "guidance_kernels.h",
+        "rows.h",
         "if (first + j < 0 || «first + j >= classes») continue;\n        pack",
         "first + j > classes",
     ),
     "a gradient written beyond the row": (
-        "guidance_kernels.h",
+        "rows.h",
         "if (first + j >= 0 && «first + j < classes») store_float(",
         "first + j <= classes",
     ),
     "the last chunk of a row left out": (
-        "guidance_kernels.h",
+        "rows.h",
         "const Pack<float>* from = own;\n    for (int64_t first = begin; «first < classes»; first += step)",
         "first + chunk<T> < classes",
     ),
     "every thread's chunks in the same place": (
-        "guidance_kernels.h",
+        "rows.h",
         "own(reinterpret_cast<Pack<float>*>(shared) + «group.rank()»)",
         "0",
     ),
@@ -123,6 +123,31 @@ MUTATIONS = {
         "arguments.stats, arguments.batch, «b»);",
         "arguments.batch - 1 - b",
     ),
+    "the last of a thread's equal largest logits": (
+        "top_label.cu",
+        "if («!found» && x[j] == seen) own_top",
+        "true",
+    ),
+    "any thread's top class": (
+        "top_label.cu",
+        "-group.max(«own_max == max ? -static_cast<double>(own_top) : -INFINITY»)",
+        "-static_cast<double>(own_top)",
+    ),
+    "no origin where all is masked": ("top_label.cu", "return «max > absent ? max : 0.0f»;", "max"),
+    "a sum left at an earlier largest logit": (
+        "top_label.cu",
+        "«own_sum *= exp2_product(own_max - seen, log2_e);»",
+        ";",
+    ),
+    "a sum left at a thread's largest logit": (
+        "top_label.cu",
+        "{«own_sum * exp2_product(own_max - origin(max), log2_e)»}",
+        "own_sum",
+    ),
+    "a masked row taken for a certain one": ("top_label.cu", "valid = «max > absent» && sum", "true"),
+    "the top class pulled like the others": ("top_label.cu", "g[j] = «j == own» ?", "false"),
+    "every row with the first one's gradient": ("top_label.cu", "a.grad_confidence[«b» * a.grad_stride]", "0"),
+    "a block's groups all in one row": ("top_label.cu", "* blockDim.y + «threadIdx.y»;", "0"),
 }
 
 

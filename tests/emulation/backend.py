@@ -31,7 +31,15 @@ def load_backend(library: Path) -> ModuleType:
     ):
         spec.loader.exec_module(module)
     module._kernels.place = lambda tensor: (0, 0)
-    for name in ("guidance_gradient", "tilt_weights", "predict_x0", "guided_step", "philox_normal"):
+    for name in (
+        "guidance_gradient",
+        "tilt_weights",
+        "predict_x0",
+        "guided_step",
+        "philox_normal",
+        "top_label",
+        "top_label_backward",
+    ):
         setattr(module, name, getattr(module._kernels, name))
     module.emulator = build.Emulator(library)
     return module

@@ -62,6 +62,36 @@ def guidance(
     return call
 
 
+def top_label(batch: int, classes: int, dtype: torch.dtype, layout: str = "contiguous") -> Call:
+    logits = torch.randn(batch, classes, generator=_generator()) * 3
+    labels = torch.randint(classes, (batch,), generator=_generator(1))
+    labels[::2] = logits[::2].argmax(1)
+    if layout == "masked" and classes > 3:
+        # of equal largest logits the first; a NaN; none but masked
+        logits[0, 1::2] = 7.0
+        logits[1, : classes // 2] = -math.inf
+        logits[2, classes // 2] = math.nan
+        logits[3] = -math.inf
+    logits = logits.to(dtype)
+    if layout == "transposed":
+        logits = logits.t().contiguous().t()
+    elif layout == "shifted":
+        logits = torch.zeros(batch, classes + 1, dtype=dtype)[:, 1:].copy_(logits)
+    return lambda backend: list(backend.top_label(logits, labels))
+
+
+def top_label_backward(batch: int, classes: int, dtype: torch.dtype, layout: str = "contiguous") -> Call:
+    logits = (torch.randn(batch, classes, generator=_generator()) * 3).to(dtype)
+    confidence, top, _ = reference.top_label(logits, torch.zeros(batch, dtype=torch.int64))
+    confidence[batch // 2] = math.nan
+    grad = torch.randn(2 * batch, generator=_generator(2))[::2]
+    if layout == "transposed":
+        logits = logits.t().contiguous().t()
+    elif layout == "shifted":
+        logits = torch.zeros(batch, classes + 1, dtype=dtype)[:, 1:].copy_(logits)
+    return lambda backend: [backend.top_label_backward(grad, logits, confidence, top)]
+
+
 def tilt(count: int, sum_to_one: bool = False, max_weight: float = math.inf, spoilt: bool = False) -> Call:
     scores = torch.randn(2 * count, generator=_generator())[::2] * 3
     scores[count // 2] = math.nan if spoilt else 0.0
@@ -176,6 +206,12 @@ def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
     yield "step unguided", step(odd, guided=False, boosted=True), {}
     yield "step without noise", step(odd, 1, noise="none"), {}
     yield "step of fixed variance", step(odd, learned=False, boosted=True), {}
+    for number, (size, classes) in enumerate(CLASSES.items()):
+        for layout, dtype in zip(["contiguous", "masked", "transposed", "shifted"], [*DTYPES[number % 3 :], *DTYPES]):
+            yield f"top_label {size} {layout}", top_label(5, classes, dtype, layout), {}
+            yield f"top_label_backward {size} {layout}", top_label_backward(5, classes, dtype, layout), {}
+    # several rows in a block
+    yield "top_label of many rows", top_label(4099, 33, torch.bfloat16), {}
     for number, divergence in enumerate(DIVERGENCES):
         for size, classes in CLASSES.items():
             layout = ["contiguous", "masked", "transposed", "shifted"][(number + classes) % 4]
@@ -213,10 +249,14 @@ def results(backend: ModuleType, name: str, seed: int = 0) -> list[Tensor]:
             backend.emulator[setting] = value
 
 
+# of integers none
+UNITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
 def wrong(name: str, found: list[Tensor]) -> str:
     """What is wrong with the results of a case, or nothing: NaN for NaN, and near the reference elsewhere."""
     for number, (actual, expected) in enumerate(zip(found, CASES[name][0](reference), strict=True)):
-        unit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[actual.dtype]
+        unit = UNITS.get(actual.dtype, 0.0)
         actual, expected = actual.double(), expected.double()
         allowed = 1.01 * unit * expected.abs().clamp(min=1)
         good = ((actual - expected).abs() <= allowed) | (actual == expected) | (actual.isnan() & expected.isnan())
