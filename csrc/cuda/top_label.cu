@@ -50,8 +50,8 @@ CALGUIDE_DEVICE void label_row(const TopLabelArguments& a, const Group& group, i
   const int64_t top = static_cast<int64_t>(-group.max(own_max == max ? -static_cast<double>(own_top) : -INFINITY));
   if (group.rank() != 0) return;
   const int64_t label = a.labels[b * a.label_stride];
-  // a NaN or an infinite largest logit is in the sum
-  const bool valid = max > absent && sum[0] > 0.0 && label >= 0 && label < a.classes;
+  // not the sum of a row with NaN or an infinite largest logit, which is NaN, nor that of a masked one, which is 0
+  const bool valid = sum[0] > 0.0 && label >= 0 && label < a.classes;
   a.confidence[b] = valid ? static_cast<float>(1.0 / sum[0]) : NAN;
   a.top[b] = top;
   a.correct[b] = valid && top == label;

@@ -144,7 +144,7 @@ MUTATIONS = {
         "{«own_sum * exp2_product(own_max - origin(max), log2_e)»}",
         "own_sum",
     ),
-    "a masked row taken for a certain one": ("top_label.cu", "valid = «max > absent» && sum", "true"),
+    "a masked row taken for a certain one": ("top_label.cu", "valid = «sum[0] > 0.0» &&", "true"),
     "the top class pulled like the others": ("top_label.cu", "g[j] = «j == own» ?", "false"),
     "every row with the first one's gradient": ("top_label.cu", "a.grad_confidence[«b» * a.grad_stride]", "0"),
     "a block's groups all in one row": ("top_label.cu", "* blockDim.y + «threadIdx.y»;", "0"),

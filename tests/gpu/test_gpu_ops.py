@@ -18,6 +18,7 @@ from calguide_fast import guidance_gradient, guidance_score, guided_step, predic
 from calguide_fast.ops._library import is_direct
 from calguide_fast.ops.guidance import guidance_settings
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.ops.top_label import _gradient, top_label
 from calguide_fast.schedule import Schedule
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +62,9 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     given = guided_step(x_t, output, row, gradient, noise=noise, **options)
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score, tilt=0.3, method="ddim")
     drawn = sampling_noise(seeds, (3, 8, 8), 4)
-    return found.grad, found.score, found.divergence, weights, x0, last, given, seeded, drawn, running + 0
+    confidence, top, correct = top_label(logits, labels)
+    labelled = confidence, _gradient(confidence, logits, confidence, top), top.float(), correct.float()
+    return found.grad, found.score, found.divergence, weights, x0, last, given, seeded, drawn, running + 0, *labelled
 
 
 def test_results_are_the_cpus_to_rounding(kernels):
@@ -103,6 +106,32 @@ def test_a_label_out_of_range_gives_a_row_of_nan(label, kernels):
         assert torch.equal(value[good], wanted)
     with use_backend("reference"), pytest.raises(ValueError, match=rf"labels\[2\]={label} is out of range"):
         guidance_gradient(logits, labels)
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (140_001, 10), (4097, 33), (300, 1000), (65, 1025), (33, 21843), (9, 70001)])
+def test_top_label_is_softmaxs(shape, kernels):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits, labels = (torch.randn(shape) * 3).to(dtype), torch.randint(shape[1], shape[:1])
+        labels[::2] = logits[::2].argmax(1)
+        leaf = logits.cuda().requires_grad_()
+        with no_waiting():
+            confidence, top, correct = top_label(leaf, labels.cuda())
+            (grad,) = torch.autograd.grad(confidence.sum(), leaf)
+        assert torch.equal(top.cpu(), logits.argmax(1)) and torch.equal(correct.cpu(), logits.argmax(1) == labels)
+        p = logits.double().softmax(1)
+        expected = p.max(1).values
+        assert_near(confidence.detach().cpu(), expected, 1e-6)
+        onehot = torch.nn.functional.one_hot(top.cpu(), shape[1])
+        assert_near(grad.cpu(), expected[:, None] * (onehot - p), 1e-6)
+
+
+def test_a_label_out_of_range_leaves_no_confidence(kernels):
+    logits = torch.randn(50, 4, device="cuda")
+    labels = torch.randint(4, (50,), device="cuda")
+    labels[7] = 4
+    with no_waiting():
+        confidence, _, correct = top_label(logits, labels)
+    assert torch.equal(confidence.isnan().nonzero().flatten().cpu(), torch.tensor([7])) and not correct[7]
 
 
 def test_no_op_waits_for_the_device(kernels):
@@ -189,6 +218,11 @@ def test_opcheck(kernels):
     step = (t["x_t"], t["output"], t["row"], t["gradient"], None, None, t["noise"], None)
     numbers = (0, True, 1.5, 0.0, math.inf, False)
     torch.library.opcheck(ops.guidance_gradient.default, (t["logits"], t["labels"], *settings))
+    torch.library.opcheck(ops.top_label.default, (t["logits"], t["labels"]))
+    torch.library.opcheck(
+        ops.top_label_backward.default,
+        (torch.randn(6, device="cuda"), t["logits"], torch.rand(6, device="cuda"), t["labels"]),
+    )
     torch.library.opcheck(ops.tilt_weights.default, (torch.randn(6, device="cuda"), 0.4, False, 2.0))
     torch.library.opcheck(ops.sampling_noise.default, (t["seeds"], [3, 4, 5], 7, 0))
     torch.library.opcheck(ops.predict_x0.default, (*step[:3], True, torch.float16, torch.channels_last))
@@ -227,6 +261,12 @@ def test_logits_of_more_than_2_to_the_31_elements(kernels, large):
     ends = torch.tensor([0, 1, len(logits) // 2, len(logits) - 2, len(logits) - 1], device="cuda")
     expected = guidance_gradient(logits[ends], labels[ends])
     assert torch.equal(found.grad[ends], expected.grad) and torch.equal(found.score[ends], expected.score)
+    del found
+    confidence, top, _ = top_label(logits, labels)
+    grad = _gradient(confidence, logits, confidence, top)
+    some = top_label(logits[ends], labels[ends])
+    assert torch.equal(confidence[ends], some[0]) and torch.equal(top[ends], some[1])
+    assert torch.equal(grad[ends], _gradient(some[0], logits[ends], some[0], some[1]))
 
 
 def test_images_of_more_than_2_to_the_31_elements(kernels, large):

@@ -7,6 +7,7 @@ import torch
 
 from calguide_fast import guidance_gradient, guided_step, predict_x0, tilt_weights, use_backend
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.ops.top_label import top_label
 from calguide_fast.schedule import Schedule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
@@ -31,6 +32,18 @@ def test_guidance(num_classes, divergence, kernels):
         for laid_out in (logits.cuda(), logits.t().contiguous().cuda().t()):
             grad = guidance_gradient(laid_out, labels.cuda(), divergence).grad.cpu()
             assert grad[:2].isfinite().all() and grad[2:].isnan().all()
+
+
+@pytest.mark.parametrize("num_classes", [1, 10, 37, 1001, 5003, 70001])
+def test_top_label(num_classes, kernels):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, labels = torch.randn(5, num_classes).to(dtype), torch.tensor([0, num_classes - 1, -1, 0, 0])
+        for laid_out in (logits.cuda(), logits.t().contiguous().cuda().t()):
+            leaf = laid_out.requires_grad_()
+            confidence, top, _ = top_label(leaf, labels.cuda())
+            (grad,) = torch.autograd.grad(confidence.sum(), leaf)
+            assert torch.equal(top.cpu(), logits.argmax(1))
+            assert torch.equal(grad.isnan().any(1).cpu(), torch.arange(5) == 2)
 
 
 @pytest.mark.parametrize(
