@@ -10,7 +10,7 @@ from formulas import assert_near
 from torch import Tensor
 
 from calguide_fast import use_backend
-from calguide_fast.backends import cpu, reference
+from calguide_fast.backends import reference
 from calguide_fast.calibration import predictions
 from calguide_fast.ops.smooth_ece import smooth_ece_from_logits
 from calguide_fast.ops.top_label import _gradient, top_label
@@ -174,18 +174,6 @@ def test_compiled_with_its_backward(backend):
     grads = [torch.autograd.grad(function(leaf)[0].sum(), leaf) for function, leaf in
              ((compiled, leaves[0]), (lambda f: top_label(f, labels), leaves[1]))]  # fmt: skip
     assert torch.equal(*[grad for (grad,) in grads])
-
-
-def test_result_does_not_depend_on_threads(two_threads):
-    for shape in ((30_000, 10), (200, 3000)):
-        logits, labels = torch.randn(shape), torch.randint(shape[1], shape[:1])
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            confidence, top, correct = cpu.top_label(logits, labels)
-            results.append((confidence, top, correct, cpu.top_label_backward(confidence, logits, confidence, top)))
-        assert all(torch.equal(a, b) for a, b in zip(*results))
-        assert torch.equal(results[0][1], logits.argmax(1))
 
 
 @pytest.mark.parametrize("classwise", [False, True])
