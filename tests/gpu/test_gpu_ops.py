@@ -18,6 +18,7 @@ from calguide_fast import guidance_gradient, guidance_score, guided_step, predic
 from calguide_fast.ops._library import is_direct
 from calguide_fast.ops.guidance import guidance_settings
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.ops.smooth_ece import smooth_ece_from_logits
 from calguide_fast.ops.top_label import _gradient, top_label
 from calguide_fast.schedule import Schedule
 
@@ -132,6 +133,8 @@ def test_a_label_out_of_range_leaves_no_confidence(kernels):
     with no_waiting():
         confidence, _, correct = top_label(logits, labels)
     assert torch.equal(confidence.isnan().nonzero().flatten().cpu(), torch.tensor([7])) and not correct[7]
+    for classwise in (False, True):
+        assert smooth_ece_from_logits(logits, labels, classwise=classwise).value.isnan()
 
 
 def test_no_op_waits_for_the_device(kernels):
