@@ -1,4 +1,4 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo | reliability | calibrate``."""
+"""The command line: ``calguide-fast doctor | demo | train-demo | sample | reliability | calibrate``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import calguide_fast
 from calguide_fast.calibration.commands import METHODS, report_calibration, report_reliability
 from calguide_fast.calibration.files import ACCEPTED
+from calguide_fast.generation.commands import run_sample
+from calguide_fast.generation.options import add_options as add_sample_options
+
+Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train-demo", help="train the demo's networks anew")
     train.add_argument("--out", type=Path, default=None, help="folder for the checkpoints (the package's own assets)")
     train.set_defaults(run=_train_demo)
+
+    sample = commands.add_parser("sample", help="sample many images, on many GPUs or machines, and resume")
+    add_sample_options(sample)
+    sample.set_defaults(run=_sample)
 
     reliability = commands.add_parser(
         "reliability",
@@ -91,6 +99,10 @@ def _train_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sample(options: argparse.Namespace) -> int:
+    return _in_one_line(lambda: run_sample(options))
+
+
 def _reliability(options: argparse.Namespace) -> int:
     return _report(lambda: report_reliability(options.file, options.out, options.bandwidth), options)
 
@@ -100,11 +112,8 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) -> int:
-    """Show or write what was measured; an unusable file or setting is one line, not a traceback."""
-    try:
-        figures = measure()
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        raise SystemExit(f"calguide-fast: {error}") from None
+    """Show or write what was measured."""
+    figures = _in_one_line(measure)
     text = json.dumps(figures, indent=2)
     if options.json is None:
         print(text)
@@ -112,6 +121,14 @@ def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def _in_one_line(work: Callable[[], Result]) -> Result:
+    """What `work` returns; an unusable file or setting is one line, not a traceback."""
+    try:
+        return work()
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        raise SystemExit(f"calguide-fast: {error}") from None
 
 
 def _need_demo_extra() -> None:

@@ -1,0 +1,193 @@
+"""What ``calguide-fast sample`` does: options in, a folder of samples out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import socket
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import calguide_fast
+from calguide_fast.demo.threads import one_thread
+from calguide_fast.generation.folder import CONFIG, open_folder, read_config
+from calguide_fast.generation.interrupts import Interrupted, Interrupts
+from calguide_fast.generation.networks import Sources
+from calguide_fast.generation.outputs import write_outputs
+from calguide_fast.generation.plan import BALANCED, RANDOM, Plan, format_integers
+from calguide_fast.generation.presets import DIGITS, PRESETS, RECIPES, guidance_of
+from calguide_fast.generation.progress import Progress
+from calguide_fast.generation.run import sample_missing
+from calguide_fast.generation.settings import Settings, file_hash, settings_hash
+from calguide_fast.generation.shards import Shards
+from calguide_fast.generation.team import Team, TeammateFailed
+from calguide_fast.guidance import Guidance
+from calguide_fast.sampler import FDivSampler
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    """Sample as the options say, alone or as one of torchrun's processes; returns the exit status.
+
+    Raises:
+        ValueError, TypeError: settings that are wrong or contradict each other, a folder that is not to be touched, a
+            damaged file.
+        OSError: a file cannot be read or written; it is named.
+    """
+    with Interrupts(_say) as interrupts:
+        team = Team.from_environment(interrupts)
+        try:
+            # networks as small as the digits' are quickest, and the same in every process, on one thread
+            with one_thread() if options.preset == DIGITS else nullcontext():
+                _run(options, team)
+        except Interrupted as stop:
+            team.fail(str(stop))
+            if team.rank == 0:
+                _say(f"{stop}; the same command with --resume samples what is missing")
+            return stop.status
+        except TeammateFailed as failure:
+            if team.rank == 0:
+                _say(f"{failure}; the same command with --resume samples what is missing")
+            return 1
+        except BaseException as error:
+            team.fail(str(error))
+            raise
+    return 0
+
+
+def _run(options: argparse.Namespace, team: Team) -> None:
+    preset = PRESETS[options.preset]
+    changes = {
+        field.name: value for field in fields(Guidance) if (value := getattr(options, field.name, None)) is not None
+    }
+    guidance = guidance_of(options.preset, options.recipe, options.method, changes)
+    beta = RECIPES[options.recipe].softplus_beta if options.softplus_beta is None else options.softplus_beta
+    sources = Sources.of(options.preset, options.unet, options.classifier, guidance is not None, beta or None)
+    batch_size = preset.batch_size if options.batch_size is None else options.batch_size
+    plan = Plan.of(
+        options.num_samples, batch_size, options.seeds, options.labels, preset.num_classes, preset.num_samples
+    )
+    if options.grid < 0:
+        raise ValueError(f"grid must be a number of images, 0 or more, got {options.grid}")
+    steps = preset.steps if options.steps is None else options.steps
+    steps = int(steps) if steps.isdecimal() else steps
+
+    device = _device(options.device)
+    sampler = _sampler(options, sources, guidance, preset.schedule, device)
+    # no images yet, but all that is wrong is found before a folder is made
+    sampler.sample([], seeds=[], steps=steps, method=options.method, progress=False)
+
+    devices = team.gather("device", f"{socket.gethostname()}: {_name(device)}")
+    settings = team.from_first("settings", lambda: _settings(options, sources, guidance, plan, steps))
+    shards = Shards(options.out, settings_hash(settings), team.rank)
+    missing = team.from_first("missing", lambda: _missing(options, settings, sources, plan, shards, devices))
+    _see_folder(options.out, shards)
+
+    done = len(plan) - sum(len(plan.seeds[plan.images(batch)]) for batch in missing)
+    with Progress(len(plan), done, show=team.rank == 0) as progress:
+        sample_missing(sampler, plan, shards, missing, team, progress, steps, options.method)
+        if team.rank == 0:
+            print(write_outputs(options.out, plan, shards, options.grid, options.png, team.check))
+
+
+def _sampler(
+    options: argparse.Namespace, sources: Sources, guidance: Guidance | None, schedule: str, device: torch.device
+) -> FDivSampler:
+    networks = sources.load()
+    # of convolutions that cuDNN computes in several ways, one that gives the same bits each time
+    torch.backends.cudnn.deterministic = True
+    return FDivSampler(
+        networks.unet.to(device),
+        None if networks.classifier is None else networks.classifier.to(device),
+        guidance,
+        schedule,
+        networks.classifier_input,
+        eta=options.eta,
+        diagnostics=False,
+        device=device,
+        cuda_graph=options.cuda_graph,
+        compile=options.compile,
+        dtype=DTYPES[options.dtype],
+        channels_last=options.channels_last,
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that is named; without a number, the GPU of this process's own."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={name}: PyTorch sees no GPU here")
+        if device.index is None:
+            # a launcher may show each process all the GPUs, or its own alone
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}"
+
+
+def _settings(
+    options: argparse.Namespace, sources: Sources, guidance: Guidance | None, plan: Plan, steps: str | int
+) -> Settings:
+    """All that decides the images. Where they come from, and on which machines, is not among it."""
+    labels = options.labels
+    return {
+        "preset": options.preset,
+        "classifier": sources.architecture,
+        "softplus_beta": sources.softplus_beta,
+        "sha256": {name: file_hash(path) for name, path in sources.files.items()},
+        "num_samples": len(plan),
+        "batch_size": plan.batch_size,
+        "seeds": format_integers(plan.seeds.tolist()),
+        "labels": labels if labels in (BALANCED, RANDOM) else labels.replace(" ", ""),
+        "method": options.method,
+        "steps": steps,
+        "eta": options.eta,
+        "guidance": None if guidance is None else asdict(guidance),
+        "dtype": options.dtype,
+        "channels_last": options.channels_last,
+        "compile": options.compile,
+    }
+
+
+def _missing(
+    options: argparse.Namespace, settings: Settings, sources: Sources, plan: Plan, shards: Shards, devices: list[str]
+) -> list[int]:
+    """Rank 0 opens the folder, and finds the batches that are to be sampled."""
+    this_run: dict[str, Any] = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "calguide_fast": calguide_fast.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "devices": devices,
+        "checkpoints": {name: str(path) for name, path in sources.files.items()},
+        "cuda_graph": options.cuda_graph,
+    }
+    open_folder(options.out, settings, this_run, options.resume, _say)
+    return shards.missing(plan.num_batches, _say)
+
+
+def _see_folder(folder: Path, shards: Shards) -> None:
+    """Every rank sees the folder that rank 0 has opened."""
+    if not folder.is_dir() or read_config(folder)["settings_sha256"] != shards.settings_hash:
+        raise ValueError(
+            f"{folder} is not, here on {socket.gethostname()}, the folder that rank 0 opened: machines that share a "
+            f"run need a file system that they share ({CONFIG} was looked for)"
+        )
+
+
+def _say(message: str) -> None:
+    print(f"calguide-fast: {message}", file=sys.stderr, flush=True)
