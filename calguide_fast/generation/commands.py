@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
@@ -17,21 +18,25 @@ import numpy as np
 import torch
 
 import calguide_fast
+from calguide_fast import models
 from calguide_fast.demo.threads import one_thread
 from calguide_fast.generation.folder import CONFIG, open_folder, read_config
 from calguide_fast.generation.interrupts import Interrupted, Interrupts
 from calguide_fast.generation.networks import Sources
 from calguide_fast.generation.outputs import write_outputs
-from calguide_fast.generation.plan import BALANCED, RANDOM, Plan, format_integers
+from calguide_fast.generation.plan import Plan, canonical_labels, format_integers
 from calguide_fast.generation.presets import DIGITS, PRESETS, RECIPES, guidance_of
 from calguide_fast.generation.progress import Progress
 from calguide_fast.generation.run import sample_missing
 from calguide_fast.generation.settings import Settings, file_hash, settings_hash
-from calguide_fast.generation.shards import Shards
+from calguide_fast.generation.shards import DamagedShard, Shards
 from calguide_fast.generation.team import Team, TeammateFailed
 from calguide_fast.guidance import Guidance
+from calguide_fast.ops.checks import number
 from calguide_fast.sampler import FDivSampler
 
+HOW_TO_GO_ON = "the same command with --resume samples what is missing"
+SHARED_SECONDS = 30.0  # for a file to be seen on other machines
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,7 +48,7 @@ def run_sample(options: argparse.Namespace) -> int:
             damaged file.
         OSError: a file cannot be read or written; it is named.
     """
-    with Interrupts(_say) as interrupts:
+    with Interrupts(_say if int(os.environ.get("RANK", 0)) == 0 else _silence) as interrupts:
         team = Team.from_environment(interrupts)
         try:
             # networks as small as the digits' are quickest, and the same in every process, on one thread
@@ -52,14 +57,16 @@ def run_sample(options: argparse.Namespace) -> int:
         except Interrupted as stop:
             team.fail(str(stop))
             if team.rank == 0:
-                _say(f"{stop}; the same command with --resume samples what is missing")
+                _say(f"{stop}; {HOW_TO_GO_ON}")
             return stop.status
         except TeammateFailed as failure:
             if team.rank == 0:
-                _say(f"{failure}; the same command with --resume samples what is missing")
+                _say(f"{failure}; {HOW_TO_GO_ON}")
             return 1
         except BaseException as error:
             team.fail(str(error))
+            if isinstance(error, (OSError, DamagedShard)) and (options.out / CONFIG).exists():
+                _say(f"batches that are done are kept; {HOW_TO_GO_ON}")
             raise
     return 0
 
@@ -70,8 +77,9 @@ def _run(options: argparse.Namespace, team: Team) -> None:
         field.name: value for field in fields(Guidance) if (value := getattr(options, field.name, None)) is not None
     }
     guidance = guidance_of(options.preset, options.recipe, options.method, changes)
-    beta = RECIPES[options.recipe].softplus_beta if options.softplus_beta is None else options.softplus_beta
-    sources = Sources.of(options.preset, options.unet, options.classifier, guidance is not None, beta or None)
+    sources = Sources.of(
+        options.preset, options.unet, options.classifier, guidance is not None, _softplus_beta(options)
+    )
     batch_size = preset.batch_size if options.batch_size is None else options.batch_size
     plan = Plan.of(
         options.num_samples, batch_size, options.seeds, options.labels, preset.num_classes, preset.num_samples
@@ -90,13 +98,21 @@ def _run(options: argparse.Namespace, team: Team) -> None:
     settings = team.from_first("settings", lambda: _settings(options, sources, guidance, plan, steps))
     shards = Shards(options.out, settings_hash(settings), team.rank)
     missing = team.from_first("missing", lambda: _missing(options, settings, sources, plan, shards, devices))
-    _see_folder(options.out, shards)
+    _see_folder(options.out, shards, team)
 
     done = len(plan) - sum(len(plan.seeds[plan.images(batch)]) for batch in missing)
     with Progress(len(plan), done, show=team.rank == 0) as progress:
         sample_missing(sampler, plan, shards, missing, team, progress, steps, options.method)
         if team.rank == 0:
             print(write_outputs(options.out, plan, shards, options.grid, options.png, team.check))
+
+
+def _softplus_beta(options: argparse.Namespace) -> float | None:
+    """What is asked for, 0 being ReLU; else the recipe's, where the classifier has ReLUs to replace."""
+    if options.softplus_beta is not None:
+        return number("softplus-beta", options.softplus_beta, low=0.0) or None
+    noise_aware = options.classifier is not None and options.classifier.partition(":")[0] in models.PRESETS
+    return None if noise_aware else RECIPES[options.recipe].softplus_beta
 
 
 def _sampler(
@@ -142,7 +158,6 @@ def _settings(
     options: argparse.Namespace, sources: Sources, guidance: Guidance | None, plan: Plan, steps: str | int
 ) -> Settings:
     """All that decides the images. Where they come from, and on which machines, is not among it."""
-    labels = options.labels
     return {
         "preset": options.preset,
         "classifier": sources.architecture,
@@ -151,7 +166,7 @@ def _settings(
         "num_samples": len(plan),
         "batch_size": plan.batch_size,
         "seeds": format_integers(plan.seeds.tolist()),
-        "labels": labels if labels in (BALANCED, RANDOM) else labels.replace(" ", ""),
+        "labels": canonical_labels(options.labels),
         "method": options.method,
         "steps": steps,
         "eta": options.eta,
@@ -180,14 +195,26 @@ def _missing(
     return shards.missing(plan.num_batches, _say)
 
 
-def _see_folder(folder: Path, shards: Shards) -> None:
-    """Every rank sees the folder that rank 0 has opened."""
-    if not folder.is_dir() or read_config(folder)["settings_sha256"] != shards.settings_hash:
-        raise ValueError(
-            f"{folder} is not, here on {socket.gethostname()}, the folder that rank 0 opened: machines that share a "
-            f"run need a file system that they share ({CONFIG} was looked for)"
-        )
+def _see_folder(folder: Path, shards: Shards, team: Team) -> None:
+    """Wait until this process sees the folder that rank 0 has opened, as it does if they share a file system."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not _is_opened(folder, shards):
+        team.check()
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder} on {socket.gethostname()} is not the folder that rank 0 opened: machines that share a run "
+                "need a file system that they share"
+            )
+        time.sleep(0.1)
+
+
+def _is_opened(folder: Path, shards: Shards) -> bool:
+    return (folder / CONFIG).exists() and read_config(folder)["settings_sha256"] == shards.settings_hash
 
 
 def _say(message: str) -> None:
     print(f"calguide-fast: {message}", file=sys.stderr, flush=True)
+
+
+def _silence(_: str) -> None:
+    pass

@@ -11,7 +11,7 @@ from torch import nn
 from calguide_fast import models
 from calguide_fast.demo import checkpoints as digits
 from calguide_fast.generation.presets import DIGITS
-from calguide_fast.models.specs import RESNETS, load_classifier, load_unet
+from calguide_fast.models.specs import load_classifier, load_unet
 
 GUIDES = (digits.GUIDE, digits.OVERCONFIDENT)
 
@@ -57,7 +57,7 @@ class Sources(NamedTuple):
             unet: its file; the digits' is a part of the package.
             classifier: what guides; the digits' default is a part of the package.
             guided: whether there is guidance.
-            softplus_beta: for a classifier that has ReLUs to replace.
+            softplus_beta: of a classifier that has ReLUs to replace, None for ReLU.
 
         Raises:
             ValueError: something is missing, or of no use.
@@ -80,7 +80,7 @@ class Sources(NamedTuple):
                 "guidance needs a classifier: --classifier resnet101:PATH, or, noise-aware, "
                 f"{preset.removesuffix('_uncond')}:PATH; --recipe unguided samples without"
             )
-        return cls(preset, unet, classifier, softplus_beta)
+        return cls(preset, unet.expanduser(), classifier, softplus_beta)
 
     def load(self) -> Networks:
         """Build the networks with their weights.
@@ -98,7 +98,7 @@ class Sources(NamedTuple):
         unet = load_unet(self.preset, self.unet)
         if self.classifier is None:
             return Networks(unet, None, "x0")
-        found = load_classifier(self.classifier, self.softplus_beta if self.architecture in RESNETS else None)
+        found = load_classifier(self.classifier, self.softplus_beta)
         if found.preset is not None:
             theirs, ours = models.PRESETS[found.preset], models.PRESETS[self.preset]
             if (theirs.image_size, theirs.schedule) != (ours.image_size, ours.schedule):

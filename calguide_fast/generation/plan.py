@@ -86,6 +86,11 @@ def _labels(text: str, seeds: Tensor, num_classes: int) -> Tensor:
     return listed[index % len(listed)]
 
 
+def canonical_labels(text: str) -> str:
+    """One text for all that ask for the same labels."""
+    return text if text in (BALANCED, RANDOM) else format_integers(itertools.chain(*parse_integers("labels", text)))
+
+
 def parse_integers(name: str, text: str) -> list[range]:
     """``"7,0-3"`` as ranges, ends included."""
     ranges = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,8 +19,11 @@ import torch
 from calguide_fast import FDivSampler, Guidance
 from calguide_fast.cli import main
 from calguide_fast.demo.checkpoints import load_guide, load_unet
-from calguide_fast.generation import commands
+from calguide_fast.generation import commands, networks
+from calguide_fast.generation.interrupts import Interrupts
 from calguide_fast.generation.shards import Shards
+from calguide_fast.generation.team import Team
+from calguide_fast.models.specs import LoadedClassifier
 
 IMAGES, BATCH = 11, 3
 BATCHES = 4
@@ -171,7 +175,7 @@ def test_a_damaged_shard_is_named_and_redone(begun, finished, monkeypatch, capsy
     assert same_bytes(finished, begun)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch):
+def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch, capsys):
     fsync, calls = os.fsync, []
 
     def full(descriptor):
@@ -184,6 +188,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch)
         patched.setattr(os, "fsync", full)
         with pytest.raises(SystemExit, match=r"calguide-fast: .*No space left on device: '.*\.(npy|jsonl|npz)'"):
             sample(begun, "--resume")
+    assert "batches that are done are kept; the same command with --resume" in capsys.readouterr().err
     assert len(list(begun.glob("shards/*.npy"))) >= 3
     assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
 
@@ -235,6 +240,7 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
         (["--preset", "imagenet128", "--unet", "no.pt", "--classifier", "resnet50:a.pth"], "no checkpoint at no.pt"),
         (["--scale", "inf"], "scale=inf must be finite"),
         (["--scale", "1e38"], "images 0-2 are not all finite"),
+        (["--softplus-beta", "-1"], "softplus-beta=-1.0 must be finite and at least 0"),
         (["--grid", "-1"], "grid must be a number of images, 0 or more, got -1"),
         (["--device", "cuda"], "PyTorch sees no GPU here"),
     ],
@@ -245,6 +251,73 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"^calguide-fast: .*{message}"):
         sample(tmp_path / "run", *options)
     assert not list((tmp_path / "run").glob("shards/*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["elucd", "--classifier", "resnet101:{}"], ("none", 1.0, 0.5, 0.3, 3.0, "resnet101")),
+        (["ours", "--classifier", "resnet50:{}"], ("js", 1.0, 0.5, 0.3, 3.0, "resnet50")),
+        (["ours", "--classifier", "resnet50:{}", "--softplus-beta", "0"], ("js", 1.0, 0.5, 0.3, None, "resnet50")),
+        (["elucd", "--classifier", "resnet18:{}", "--method", "ddim"], ("none", 1.0, 0.5, 0.0, 3.0, "resnet18")),
+        (["ours", "--classifier", "imagenet128:{}"], ("js", 1.0, 0.5, 0.3, None, "imagenet128")),
+        (["adm-g", "--classifier", "imagenet128:{}"], ("none", 0.5, 1.0, 0.0, None, "imagenet128")),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
+)
+def test_published_recipes(options, expected, tmp_path, monkeypatch):
+    """With the digits' networks in the place of the published ones, whose weights are not at hand."""
+    betas = []
+
+    def load_classifier(spec, softplus_beta):
+        betas.append(softplus_beta)
+        return LoadedClassifier(load_guide(), "x0", "imagenet128" if spec.startswith("imagenet") else None)
+
+    monkeypatch.setattr(networks, "load_unet", lambda preset, path: load_unet())
+    monkeypatch.setattr(networks, "load_classifier", load_classifier)
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"weights")
+    common = ["sample", "--preset", "imagenet128", "--unet", str(weights), "--out", str(tmp_path / "run"), "--steps=2"]
+    common += ["--num-samples", "2", "--labels", "0,1", "--recipe"]
+    assert main([*common, *(option.format(weights) for option in options)]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    guidance = settings["guidance"]
+    found = [guidance[name] for name in ("divergence", "scale", "marginal_temperature", "sine_boost")]
+    assert (*found, settings["softplus_beta"], settings["classifier"]) == expected
+    assert betas == ([expected[-2]])
+    assert settings["labels"] == "0-1" and settings["batch_size"] == 64
+    assert settings["sha256"] == dict.fromkeys(["unet", "classifier"], hashlib.sha256(b"weights").hexdigest())
+    # of another resolution than a noise-aware classifier
+    if expected[-1] == "imagenet128":
+        with pytest.raises(SystemExit, match="imagenet128 knows no noisy images of imagenet256"):
+            main([*common, *(option.format(weights) for option in options), "--preset", "imagenet256", "--resume"])
+
+
+def test_unguided_sampling_needs_no_classifier(tmp_path):
+    options = [
+        "sample",
+        "--preset",
+        "digits",
+        "--num-samples",
+        "2",
+        "--steps",
+        "2",
+        "--recipe",
+        "unguided",
+        "--grid",
+        "0",
+    ]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["guidance"] is settings["classifier"] is None and list(settings["sha256"]) == ["unet"]
+    assert not (tmp_path / "run" / "grid.png").exists()
+
+
+def test_a_folder_that_is_not_shared_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "SHARED_SECONDS", 0.2)
+    team = Team(Interrupts(print), rank=1, size=2)
+    with pytest.raises(ValueError, match="is not the folder that rank 0 opened"):
+        commands._see_folder(tmp_path, Shards(tmp_path, "a"), team)
 
 
 def test_help_states_what_was_published(capsys):
