@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 import calguide_fast
 from calguide_fast import models
@@ -62,6 +63,10 @@ def run_sample(options: argparse.Namespace) -> int:
         except TeammateFailed as failure:
             if team.rank == 0:
                 _say(f"{failure}; {HOW_TO_GO_ON}")
+            return 1
+        except distributed.DistError as error:
+            # as when the launcher was killed, which keeps the store
+            _say(f"the store that the processes of this run share does not answer: {error}; {HOW_TO_GO_ON}")
             return 1
         except BaseException as error:
             team.fail(str(error))

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 from calguide_fast import FDivSampler, Guidance
 from calguide_fast.cli import main
@@ -39,8 +40,8 @@ def sample(folder, *options: str) -> int:
     return main([*OPTIONS, "--out", str(folder), *options])
 
 
-def launch(command, *options, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, timeout=120, **keywords)
+def launch(command, *options, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, timeout=timeout)
 
 
 def same_bytes(one, other) -> bool:
@@ -193,6 +194,18 @@ def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch,
     assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
 
 
+def test_a_lost_store_is_one_line(begun, finished, monkeypatch, capsys):
+    def lost(*_):
+        raise distributed.DistNetworkError("connection was closed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Team, "add", lost)
+        assert sample(begun, "--resume") == 1
+    error = capsys.readouterr().err
+    assert "does not answer: connection was closed; the same command with --resume" in error
+    assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -332,14 +345,14 @@ def test_help_states_what_was_published(capsys):
 @pytest.mark.full
 def test_two_thousand_digits_killed_and_resumed_by_two_processes(tmp_path):
     options = ["sample", "--preset", "digits", "--batch-size", "50", "--out"]
-    assert launch(MODULE, *options, tmp_path / "one").returncode == 0
+    assert launch(MODULE, *options, tmp_path / "one", timeout=600).returncode == 0
     run = subprocess.Popen([*MODULE, *options, tmp_path / "two"], stderr=subprocess.DEVNULL)
     while len(list(tmp_path.glob("two/shards/*.npy"))) < 20:
         assert run.poll() is None
         time.sleep(0.01)
     run.kill()
     assert run.wait() == -signal.SIGKILL and not list(tmp_path.glob("two/*.npz"))
-    done = launch(TORCHRUN, *options, tmp_path / "two", "--resume")
+    done = launch(TORCHRUN, *options, tmp_path / "two", "--resume", timeout=600)
     assert done.returncode == 0, done.stderr
     assert same_bytes(tmp_path / "one", tmp_path / "two")
     assert len(list(tmp_path.glob("two/shards/manifest-*.jsonl"))) == 2
