@@ -233,6 +233,14 @@ def test_modules_are_left_as_they_are_and_copies_are_their_own():
     assert torch.equal(copied.half()._levels.sigma(t), model._levels.sigma(t)), "noise levels stay float32"
 
 
+def test_noise_levels_follow_their_input_to_its_device():
+    levels = from_edm(network())._levels
+    t = torch.tensor([0, 500])
+    before = levels.sigma(t)
+    assert levels.sigma(t.to("meta")).device.type == levels.timestep(before.to("meta")).device.type == "meta"
+    assert torch.equal(levels.sigma(t), before)
+
+
 def test_compiled(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
