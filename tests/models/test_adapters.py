@@ -241,8 +241,7 @@ def test_noise_levels_follow_their_input_to_its_device():
     assert torch.equal(levels.sigma(t), before)
 
 
-def test_compiled(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+def test_compiled():
     torch._dynamo.reset()
     x, t, sigma = torch.randn(N, 3, 6, 6), torch.full((N,), 321), torch.full((N,), 2.0)
     model = from_edm(network())
