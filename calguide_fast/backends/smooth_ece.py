@@ -172,7 +172,7 @@ def _sign_changes(series: Tensor, sigma: float) -> tuple[Tensor, float]:
     intervals = max(POINTS, math.ceil(POINTS / sigma))
     grid = torch.linspace(0, 1, intervals + 1, dtype=series.dtype, device=series.device)
     sums = _with_derivatives(series, 2)
-    r, slope, _ = torch.fft.fft(sums, 2 * intervals)[:, : intervals + 1].conj().real
+    r, slope, _ = torch.fft.ifft(sums, 2 * intervals, norm="forward")[:, : intervals + 1].real
     least = ROUNDING * r.abs().max()
     # an extreme may be beyond 0 where its neighbours are not
     dips = (r[1:] * r[:-1] > least**2) & (r[:-1] * slope[:-1] < 0) & (r[1:] * slope[1:] > 0)
@@ -197,7 +197,8 @@ def _crossings(sums: Tensor, low: Tensor, high: Tensor, at_low: Tensor, at_high:
         low, high = place.where(before, low), place.where(~before, high)
         # Newton's method, or halves where it leads out
         newton = place - value / slope
-        last, place = place, newton.where((newton >= low) & (newton <= high), (low + high) / 2)
+        inside = (newton > low - CLOSE) & (newton < high + CLOSE)
+        last, place = place, newton.where(inside, (low + high) / 2)
         if float((place - last).abs().max()) < CLOSE:
             break
-    return place
+    return place.clamp(0, 1)
