@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import socket
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,8 @@ from torch import distributed
 import calguide_fast
 from calguide_fast import models
 from calguide_fast.demo.threads import one_thread
-from calguide_fast.generation.folder import CONFIG, open_folder, read_config
+from calguide_fast.generation.devices import describe, own_device
+from calguide_fast.generation.folder import open_folder, see_folder
 from calguide_fast.generation.interrupts import Interrupted, Interrupts
 from calguide_fast.generation.networks import Sources
 from calguide_fast.generation.outputs import write_outputs
@@ -37,7 +35,6 @@ from calguide_fast.ops.checks import number
 from calguide_fast.sampler import FDivSampler
 
 HOW_TO_GO_ON = "the same command with --resume samples what is missing"
-SHARED_SECONDS = 30.0  # for a file to be seen on other machines
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,8 +67,6 @@ def run_sample(options: argparse.Namespace) -> int:
             return 1
         except BaseException as error:
             team.fail(str(error))
-            if isinstance(error, (OSError, DamagedShard)) and (options.out / CONFIG).exists():
-                _say(f"batches that are done are kept; {HOW_TO_GO_ON}")
             raise
     return 0
 
@@ -94,22 +89,26 @@ def _run(options: argparse.Namespace, team: Team) -> None:
     steps = preset.steps if options.steps is None else options.steps
     steps = int(steps) if steps.isdecimal() else steps
 
-    device = _device(options.device)
+    device = own_device(options.device)
     sampler = _sampler(options, sources, guidance, preset.schedule, device)
     # no images yet, but all that is wrong is found before a folder is made
     sampler.sample([], seeds=[], steps=steps, method=options.method, progress=False)
 
-    devices = team.gather("device", f"{socket.gethostname()}: {_name(device)}")
+    devices = team.gather("device", describe(device))
     settings = team.from_first("settings", lambda: _settings(options, sources, guidance, plan, steps))
     shards = Shards(options.out, settings_hash(settings), team.rank)
     missing = team.from_first("missing", lambda: _missing(options, settings, sources, plan, shards, devices))
-    _see_folder(options.out, shards, team)
+    see_folder(options.out, settings, team.check)
 
     done = len(plan) - sum(len(plan.seeds[plan.images(batch)]) for batch in missing)
-    with Progress(len(plan), done, show=team.rank == 0) as progress:
-        sample_missing(sampler, plan, shards, missing, team, progress, steps, options.method)
+    try:
+        with Progress(len(plan), done, show=team.rank == 0) as progress:
+            sample_missing(sampler, plan, shards, missing, team, progress, steps, options.method)
         if team.rank == 0:
             print(write_outputs(options.out, plan, shards, options.grid, options.png, team.check))
+    except (OSError, DamagedShard):
+        _say(f"batches that are done are kept; {HOW_TO_GO_ON}")
+        raise
 
 
 def _softplus_beta(options: argparse.Namespace) -> float | None:
@@ -142,23 +141,6 @@ def _sampler(
     )
 
 
-def _device(name: str | None) -> torch.device:
-    """The device that is named; without a number, the GPU of this process's own."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={name}: PyTorch sees no GPU here")
-        if device.index is None:
-            # a launcher may show each process all the GPUs, or its own alone
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    return device
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}"
-
-
 def _settings(
     options: argparse.Namespace, sources: Sources, guidance: Guidance | None, plan: Plan, steps: str | int
 ) -> Settings:
@@ -170,7 +152,7 @@ def _settings(
         "sha256": {name: file_hash(path) for name, path in sources.files.items()},
         "num_samples": len(plan),
         "batch_size": plan.batch_size,
-        "seeds": format_integers(plan.seeds.tolist()),
+        "seeds": format_integers(seed % 2**64 for seed in plan.seeds.tolist()),
         "labels": canonical_labels(options.labels),
         "method": options.method,
         "steps": steps,
@@ -198,23 +180,6 @@ def _missing(
     }
     open_folder(options.out, settings, this_run, options.resume, _say)
     return shards.missing(plan.num_batches, _say)
-
-
-def _see_folder(folder: Path, shards: Shards, team: Team) -> None:
-    """Wait until this process sees the folder that rank 0 has opened, as it does if they share a file system."""
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not _is_opened(folder, shards):
-        team.check()
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"{folder} on {socket.gethostname()} is not the folder that rank 0 opened: machines that share a run "
-                "need a file system that they share"
-            )
-        time.sleep(0.1)
-
-
-def _is_opened(folder: Path, shards: Shards) -> bool:
-    return (folder / CONFIG).exists() and read_config(folder)["settings_sha256"] == shards.settings_hash
 
 
 def _say(message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from calguide_fast.generation import atomic
 from calguide_fast.generation.settings import Settings, differences, settings_hash
 
 CONFIG = "config.json"
+SHARED_SECONDS = 30.0  # until what one machine writes is seen on another
 VERSIONS = ("calguide_fast", "torch", "numpy", "python")  # of what a run is made with
 
 
@@ -51,6 +54,23 @@ def open_folder(
     config = {"settings": settings, "settings_sha256": settings_hash(settings), "runs": [*runs, this_run]}
     atomic.write_bytes(folder / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
     (folder / "shards").mkdir(exist_ok=True)
+
+
+def see_folder(folder: Path, settings: Settings, check: Callable[[], None]) -> None:
+    """Wait until this process, too, sees the folder that rank 0 has opened, calling `check` meanwhile.
+
+    Raises:
+        ValueError: it does not, half a minute later.
+    """
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not ((folder / CONFIG).exists() and read_config(folder)["settings_sha256"] == settings_hash(settings)):
+        check()
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder} on {socket.gethostname()} is not the folder that rank 0 opened: machines that share a run "
+                "need a file system that they share"
+            )
+        time.sleep(0.1)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from torch import distributed
 from calguide_fast import FDivSampler, Guidance
 from calguide_fast.cli import main
 from calguide_fast.demo.checkpoints import load_guide, load_unet
-from calguide_fast.generation import commands, networks
-from calguide_fast.generation.interrupts import Interrupts
+from calguide_fast.generation import commands, folder, networks
 from calguide_fast.generation.shards import Shards
 from calguide_fast.generation.team import Team
 from calguide_fast.models.specs import LoadedClassifier
@@ -326,11 +325,14 @@ def test_unguided_sampling_needs_no_classifier(tmp_path):
     assert not (tmp_path / "run" / "grid.png").exists()
 
 
-def test_a_folder_that_is_not_shared_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "SHARED_SECONDS", 0.2)
-    team = Team(Interrupts(print), rank=1, size=2)
-    with pytest.raises(ValueError, match="is not the folder that rank 0 opened"):
-        commands._see_folder(tmp_path, Shards(tmp_path, "a"), team)
+def test_a_folder_that_is_not_shared_is_noticed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SHARED_SECONDS", 0.2)
+    settings, checks = folder.read_config(finished)["settings"], []
+    folder.see_folder(finished, settings, pytest.fail)
+    for other, found in (tmp_path, settings), (finished, {**settings, "steps": 4}):
+        with pytest.raises(ValueError, match="is not the folder that rank 0 opened"):
+            folder.see_folder(other, found, lambda: checks.append(None))
+    assert len(checks) >= 2
 
 
 def test_help_states_what_was_published(capsys):
