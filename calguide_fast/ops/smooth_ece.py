@@ -67,7 +67,7 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if _may_be_differentiated(confidence):
-        return SmoothECE(*_Differentiable.apply(confidence, correct, weights, sigma)[:2])
+        return SmoothECE(*_apply(confidence, correct, weights, sigma)[:2])
     stats, _ = _measure(confidence, correct, weights, sigma, False)
     return SmoothECE(stats[0], stats[1])
 
@@ -158,12 +158,24 @@ class _Differentiable(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(output[2])
         ctx.dtype = inputs[0].dtype
+        if not torch.compiler.is_compiling():
+            # no zeros for the outputs that have no gradient
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, value_grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
+        if value_grad is None:
+            return None, None, None, None
         (grad,) = ctx.saved_tensors
         return (value_grad * grad).to(ctx.dtype), None, None, None
+
+
+def _apply(*inputs: Any) -> tuple[Tensor, ...]:
+    if is_direct(*inputs[:3]):
+        # past Function.apply, which is for transforms, and takes as long as a small measurement to bind its arguments
+        return super(torch.autograd.Function, _Differentiable).apply(*inputs)
+    return _Differentiable.apply(*inputs)
 
 
 def _measure(
