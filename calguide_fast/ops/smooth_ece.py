@@ -11,7 +11,7 @@ from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
 from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct
 
 LIBRARY.define(
     "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_gradient) "
@@ -67,7 +67,7 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if _may_be_differentiated(confidence):
-        return SmoothECE(*_apply(confidence, correct, weights, sigma)[:2])
+        return SmoothECE(*applied(_Differentiable, confidence, correct, weights, sigma)[:2])
     stats, _ = _measure(confidence, correct, weights, sigma, False)
     return SmoothECE(stats[0], stats[1])
 
@@ -169,13 +169,6 @@ class _Differentiable(torch.autograd.Function):
             return None, None, None, None
         (grad,) = ctx.saved_tensors
         return (value_grad * grad).to(ctx.dtype), None, None, None
-
-
-def _apply(*inputs: Any) -> tuple[Tensor, ...]:
-    if is_direct(*inputs[:3]):
-        # past Function.apply, which is for transforms, and takes as long as a small measurement to bind its arguments
-        return super(torch.autograd.Function, _Differentiable).apply(*inputs)
-    return _Differentiable.apply(*inputs)
 
 
 def _measure(
