@@ -113,8 +113,8 @@ class TestNoiseAware:
     def test_it_is_measured_along_the_diffusion(self, classifier, folder, capsys):
         pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the demo extra")
         data = open_images(folder / "images.npz", 64)
-        (images, labels), *_ = data.batches(4)
-        assert images.shape == (4, 64, 64, 3)
+        (images, labels), *_ = data.batches(2)
+        assert images.shape == (2, 64, 64, 3)
         np.savez(folder / "few.npz", images, labels)
         arguments = ["--classifier", "imagenet64:a.pt", "--data", folder / "few.npz"]
         found = run(capsys, "reliability", *arguments, "--out", folder / "a.png", "--bandwidth", 0.1)
@@ -127,7 +127,7 @@ class TestNoiseAware:
         assert [level["confidence"] for level in levels] == pytest.approx(expected.confidence.tolist(), abs=1e-5)
         assert (folder / "a.png").stat().st_size > 1000
         found = run(capsys, "calibrate", *arguments, "--noise-levels", 10, 500)
-        assert found["fitted_on"]["before"]["samples"] == 8
+        assert found["fitted_on"]["before"]["samples"] == 4
 
     def test_it_knows_images_in_minus_one_to_one(self, classifier, folder):
         with pytest.raises(SystemExit, match="'imagenet' is not for a noise-aware classifier"):
