@@ -11,7 +11,7 @@ from torch import Tensor
 from calguide_fast import backends
 from calguide_fast.backends import reference
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, leading, may_be_differentiated
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, leading, may_be_differentiated
 
 LIBRARY.define("top_label(Tensor logits, Tensor labels) -> (Tensor confidence, Tensor top, Tensor correct)")
 LIBRARY.define("top_label_backward(Tensor grad_confidence, Tensor logits, Tensor confidence, Tensor top) -> Tensor")
@@ -42,7 +42,7 @@ def top_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     labels = checks.logits_and_labels(logits, labels)
     if may_be_differentiated(logits):
-        return _Differentiable.apply(logits, labels)
+        return applied(_Differentiable, logits, labels)
     return _label(logits, labels)
 
 
