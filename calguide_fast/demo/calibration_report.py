@@ -7,8 +7,9 @@ from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
-from calguide_fast.demo.calibration import ARMS, CROSS_ENTROPY, LOSSES, TEMPERATURE, HeldOut, Study, best_scale
+from calguide_fast.demo.calibration import ARMS, CROSS_ENTROPY, LOSSES, TEMPERATURE, Guided, HeldOut, Study, best_scale
 from calguide_fast.demo.experiment import Figures, summarise
+from calguide_fast.demo.methods import Method
 
 Row = TypeVar("Row", HeldOut, Figures)
 
@@ -25,9 +26,8 @@ _GUIDED = {"frechet": ".2f", "precision": ".3f", "recall": ".3f", "accuracy": ".
 
 
 def results(study: Study) -> dict[str, Any]:
-    """All of the study but its logits, as JSON takes it."""
+    """What the study found, as JSON takes it; its plan is a part of the demo's."""
     return {
-        "plan": asdict(study.plan),
         "seconds": round(study.seconds, 1),
         "sweep": {arm: [asdict(point) for point in points] for arm, points in study.sweep.items()},
         "chosen": {arm: asdict(point) for arm, point in study.chosen.items()},
@@ -57,18 +57,20 @@ def section(study: Study) -> str:
             "shows the first classifier's reliability.",
             _held_out_table(study),
             "**Smooth ECE** of the top label; **by chance** is what it would be, on average, were every confidence "
-            "true: so few samples tell no two classifiers apart that are this close to it. **NLL**: cross-entropy in "
-            "nats. Learning rate and loss weight are those of the lowest smooth ECE on "
+            "true: so few samples cannot show a classifier to be better than that. **NLL**: cross-entropy in nats. "
+            "Learning rate and loss weight are those of the lowest smooth ECE on "
             f"{plan.validation_labels} validation digits, mean over the classifiers, of "
             f"{len(study.sweep[CROSS_ENTROPY])} settings for cross-entropy alone and {_settings(study)} for each "
-            "calibration loss. No test digit chose any; the epochs, the ranges and the augmentation (without noise) "
-            "were settled in trials that did look at them.",
+            "calibration loss (all of them are in `results.json`). No test digit chose any; the epochs, the ranges "
+            "and the augmentation (without noise) were settled in trials that did look at them.",
             "### The same classifiers as guides",
             f"{plan.images} images of each classifier and setting, {plan.steps} DDPM steps; the UNet, the noise and "
             "the labels are the same in every arm. Columns as in the first table; compare within this one only, for "
             "the Fréchet distance grows as images get fewer. A temperature divides the logits, and with them the "
-            "gradient: at one and the same scale an overconfident classifier pushes harder. “best” marks each arm's "
-            "scale of the lowest distance to the training digits.",
+            "gradient: at one and the same scale an overconfident classifier pushes harder. So here is first each "
+            "one's Fréchet distance at the best scale of its own, that of the lowest distance to the training digits, "
+            "and then every figure at every scale.",
+            _best_table(study),
             _guided_table(study),
         ]
     )
@@ -106,6 +108,22 @@ def _setting(study: Study, arm: str) -> str:
     return f"learning rate {chosen.learning_rate:g}{weight}"
 
 
+def _best(study: Study, method: Method) -> dict[str, Guided]:
+    """Every arm's best scale under one guidance."""
+    points = [point for point in study.guided if point.method == method.name]
+    return {arm: best_scale([point for point in points if point.arm == arm]) for arm in ARMS}
+
+
+def _best_table(study: Study) -> str:
+    methods = study.plan.methods
+    lines = [f"| classifier | {' | '.join(method.title for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
+    for arm, title in ARMS.items():
+        best = [_best(study, method)[arm] for method in methods]
+        cells = [f"{_cells(point.runs, {'frechet': '.2f'})} at {point.scale:g}" for point in best]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _guided_table(study: Study) -> str:
     lines = [
         "| guidance | scale | classifier | Fréchet | precision | recall | class | gradient |",
@@ -113,9 +131,9 @@ def _guided_table(study: Study) -> str:
     ]
     for method in study.plan.methods:
         points = [point for point in study.guided if point.method == method.name]
-        best = {arm: best_scale([point for point in points if point.arm == arm]).scale for arm in ARMS}
+        best = _best(study, method)
         for point in sorted(points, key=lambda point: point.scale):
-            mark = " (best)" if point.scale == best[point.arm] else ""
+            mark = " (best)" if point is best[point.arm] else ""
             lines.append(
                 f"| {method.title} | {point.scale:g} | {ARMS[point.arm]}{mark} | {_cells(point.runs, _GUIDED)} |"
             )
