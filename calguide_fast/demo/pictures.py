@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
-from calguide_fast.calibration import reliability_diagram, top_label
+from calguide_fast.calibration import measure_calibration, reliability_diagram, top_label
 from calguide_fast.demo.calibration import ARMS, TRACED, Study
 from calguide_fast.demo.data import IMAGE_SIZE
 from calguide_fast.demo.experiment import GradientTrace
@@ -112,15 +112,22 @@ def calibration_panels(study: Study, labels: Tensor, path: Path) -> None:
     """
     figure = Figure(figsize=(15, 11), dpi=100, layout="constrained")
     *panels, last = figure.subplots(2, 3).flat
+    measured = {arm: measure_calibration(logits, labels) for arm, logits in study.logits.items()}
+    # smoothed alike: at its own bandwidth the better calibrated would look the rougher
+    bandwidth = max(each.bandwidth for each in measured.values())
     for color, panel, (arm, title) in zip(_COLORS[2:], panels, ARMS.items()):
-        reliability_diagram(*top_label(study.logits[arm], labels), axes=panel, title=title, color=color)
+        reliability_diagram(*top_label(study.logits[arm], labels), axes=panel, color=color, bandwidth=bandwidth)
+        smooth_ece, accuracy, confidence = measured[arm].smooth_ece, measured[arm].accuracy, measured[arm].confidence
+        figures = f"smECE {smooth_ece:.3f}, accuracy {accuracy:.1%}, mean confidence {confidence:.1%}"
+        panel.set_title(f"{title}\n{figures}", fontsize=11)
         medians = [median for _, median, _ in study.trace.norms[title][TRACED]]
         last.semilogy(range(1, len(medians) + 1), medians, color=color, linewidth=2, label=title)
     _finish(last, f"What is left of the gradient of {TRACED}", "step, from noise to image", "norm (median over images)")
-    last.legend(fontsize=9)
+    last.margins(y=0.25)  # where the legend goes
+    last.legend(fontsize=9, loc="upper right")
     figure.suptitle(
-        f"One overconfident classifier and its repairs: reliability on {len(labels)} test digits, "
-        "and the gradient where an unguided sampler passes through",
+        f"One overconfident classifier and its repairs: reliability on {len(labels)} test digits (smoothed alike, "
+        f"σ = {bandwidth:.3f}), and the gradient where an unguided sampler passes",
         fontsize=13,
     )
     figure.savefig(path)
