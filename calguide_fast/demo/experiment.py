@@ -132,7 +132,7 @@ def trace_gradients(lab: Lab, count: int, run: int, steps: str) -> GradientTrace
 
     def watch(step: Step) -> None:
         assert step.x0 is not None  # classified at every step, as there is no interval
-        timesteps.append(step.timestep)
+        timesteps.append(int(step.timestep))
         for twin, name in names.items():
             for term, guidance in TERMS.items():
                 # float64, for a gradient that vanishes is a small difference
