@@ -88,9 +88,9 @@ class FDivSampler:
             :class:`calguide_fast.noise_levels.Churn`.
         sigma_range: (lowest, highest) noise level of ``"heun"`` and ``"dpmpp"``, in EDM's units; EDM's (0.002, 80), as
             far as the schedule or the denoiser goes, if not given.
-        clip_denoised: clip x̂₀ to [−1, 1]: in ``"ddpm"`` and ``"ddim"`` before it is used or classified, in ``"dpmpp"``
-            before it is classified and after guidance (its paper's thresholding), in ``"heun"``, as EDM does not clip,
-            only for the classifier.
+        clip_denoised: clip x̂₀ to [−1, 1]: for the classifier; in ``"ddpm"`` and ``"ddim"`` before guidance, as
+            guided-diffusion does, in ``"heun"`` and ``"dpmpp"`` after it, which is DPM-Solver++'s thresholding. An EDM
+            denoiser's is clipped for the classifier alone, as EDM's own samplers do not clip.
         classifier_transform: differentiable, applied to x̂₀ before the classifier (normalise, resize).
         model_kwargs: further keywords for the model and the ``cond_fn``.
         diagnostics: record gradient norms and the classifier's confidence at every step.
@@ -486,8 +486,8 @@ class FDivSampler:
             if weights is not None:
                 push = push * _per_image(weights, x)
             image = torch.addcmul(image, found.gradient.to(image.dtype), push)
-        if self.clip_denoised and kind.method == "dpmpp":
-            image = image.clamp(-1, 1)
+        if self.clip_denoised and self._denoise is None:
+            image.clamp_(-1, 1)
         return _Denoised(image, x0, found, weights)
 
     def _denoise_once(self, x: Tensor, level: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -408,7 +408,7 @@ def test_a_shape_that_nobody_knows():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "heun"}, ValueError, "method='heun' must be one of 'ddpm', 'ddim'"),
+        ({"method": "euler"}, ValueError, "method='euler' must be one of 'ddpm', 'ddim', 'heun', 'dpmpp'"),
         ({"steps": "many"}, ValueError, "steps='many'"),
         ({"steps": 2000}, ValueError, "asks for 2000 timesteps"),
         ({"batch_size": 0}, ValueError, "batch_size=0 must be an integer, at least 1"),
