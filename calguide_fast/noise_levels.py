@@ -31,7 +31,7 @@ class Level(IntEnum):
 class Solve(IntEnum):
     """Further columns of the float32 table; σ̂ is the noise level after churn, σ' that of the next step, 0 at last."""
 
-    RATIO = 8  # σ'/σ̂
+    WAY = 8  # 1 − σ'/σ̂, the part of the way to the denoised image that a step goes
     CHURN = 9  # S_noise √(σ̂² − σ²), what noise is multiplied by
     HALF_STEP = 10  # ½ (σ' − σ̂)/σ', of Heun's correction; 0 at last, where there is none
     EXTRAPOLATION = 11  # −1/(2r) of DPM-Solver++(2M); 0 at the first step and at the last
@@ -141,7 +141,7 @@ class NoiseLevels:
         table = np.zeros((count, ROW_LENGTH))
         table[:, :4] = self._levels(hat)
         table[1:, 4:8] = self._levels(following[1:])
-        table[:, Solve.RATIO] = following / hat
+        table[:, Solve.WAY] = 1 - following / hat
         table[:, Solve.CHURN] = self.s_noise * np.sqrt(np.maximum(hat**2 - self.sigmas**2, 0))
         table[1:, Solve.HALF_STEP] = 0.5 * (following[1:] - hat[1:]) / following[1:]
         # steps in −log σ, of which r is the last one's length by this one's

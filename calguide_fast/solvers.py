@@ -18,7 +18,7 @@ SOLVERS = ("heun", "dpmpp")
 
 def euler_(x: Tensor, denoised: Tensor, row: Tensor) -> None:
     """x + (σ' − σ̂)(x − D)/σ̂, in place."""
-    torch.lerp(denoised, x, row[Solve.RATIO], out=x)
+    x.lerp_(denoised, row[Solve.WAY])
 
 
 def heun_(x: Tensor, denoised: Tensor, row: Tensor, denoise_next: Callable[[Tensor], Tensor]) -> None:
@@ -32,7 +32,7 @@ def heun_(x: Tensor, denoised: Tensor, row: Tensor, denoise_next: Callable[[Tens
         row: of coefficients.
         denoise_next: D(·; σ').
     """
-    euler = torch.lerp(denoised, x, row[Solve.RATIO])
+    euler = torch.lerp(x, denoised, row[Solve.WAY])
     denoised_next = denoise_next(euler)
     # x + ½(σ' − σ̂)(d + d') is halfway to Euler's, and ½(σ' − σ̂) d' from there
     x.lerp_(euler, 0.5).addcmul_(euler.sub_(denoised_next), row[Solve.HALF_STEP])
@@ -52,5 +52,5 @@ def dpmpp_(x: Tensor, denoised: Tensor, before: Tensor, row: Tensor) -> None:
         before: D of the step before; any finite values at the first step.
         row: of coefficients.
     """
-    torch.lerp(torch.lerp(denoised, before, row[Solve.EXTRAPOLATION]), x, row[Solve.RATIO], out=x)
+    x.lerp_(torch.lerp(denoised, before, row[Solve.EXTRAPOLATION]), row[Solve.WAY])
     before.copy_(denoised)
