@@ -56,12 +56,15 @@ class Draws:
             draw = sampling_noise(self._seeds, self._shape, self._steps)
         return draw
 
-    def repeat(self) -> Tensor:
-        """The next one of a recurrence."""
+    def repeat(self, used: bool = True) -> Tensor | None:
+        """The next one of a recurrence; None if there is no use for it."""
         self._repeats += 1
-        if self.given:
-            return next(self._in_order)
-        return sampling_noise(self._seeds, self._shape, self._repeats - 1, RECURRENCE_STREAM)
+        draw = next(self._in_order) if self.given else None
+        if not used:
+            return None
+        if draw is None:
+            draw = sampling_noise(self._seeds, self._shape, self._repeats - 1, RECURRENCE_STREAM)
+        return draw
 
     def _read(self, noise: Noise | None, images: slice) -> Iterator[Tensor]:
         if isinstance(noise, Tensor):

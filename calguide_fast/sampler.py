@@ -43,7 +43,8 @@ class Step(NamedTuple):
     timestep: float  # of the original process; an integer but for the methods in EDM's scaling
     sigma: float  # noise level before the step
     images: slice  # which images of the run these are
-    x_t: Tensor  # (B, C, *spatial) after the step; a buffer that is written again, so clone it to keep it
+    x_t: Tensor  # (B, C, *spatial) after the step; a buffer that is written again, so clone it to keep it. The methods
+    # "heun" and "dpmpp" have x = x₀ + σ n in it
     x0: Tensor | None  # the prediction that was classified, or is kept, if any; with cuda_graph a buffer, too
 
 
@@ -172,7 +173,7 @@ class FDivSampler:
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
         self.churn = Churn(churn, s_tmin, s_tmax, s_noise)
-        self.sigma_range = sigma_range
+        self.sigma_range = _as_range(sigma_range)
         self.clip_denoised = clip_denoised
         self.classifier_transform = classifier_transform
         self.model_kwargs = dict(model_kwargs or {})
@@ -319,7 +320,7 @@ class FDivSampler:
     def _check_noise(self, noise: Noise | None, count: int, timeline: Timeline | NoiseLevels, recurrence: int) -> None:
         if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
             raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
-        guided = 0 if self.guidance is None else sum(map(self.guidance.guides_at, timeline.evaluated))
+        guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
         expected = (1 + len(timeline) + 2 * (recurrence - 1) * guided, count, *self.shape)
         if isinstance(noise, Tensor) and tuple(noise.shape) != expected:
             first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
@@ -355,7 +356,7 @@ class FDivSampler:
         solving = method in SOLVERS
         x_t = draws.start()
         if solving:
-            x_t *= timeline.sigmas[-1]
+            x_t *= float(timeline.sigmas[-1])
         boosted = self.guidance is not None and self.guidance.sine_boost
         state = _State(
             x_t,
@@ -367,28 +368,30 @@ class FDivSampler:
         if graphs is not None:
             state = graphs.hold(state)
         times = None if solving else plan.table[:, Coefficient.TIMESTEP].long()[:, None].repeat(1, len(x_t))
+        step = self._solver_step if solving else self._step
+        timesteps, sigmas, evaluated = (
+            levels.tolist() for levels in (timeline.timesteps, timeline.sigmas, timeline.evaluated)
+        )
 
         for index, k in enumerate(reversed(range(len(timeline)))):
-            guided = self._guides_at(timeline.evaluated[k])
+            guided = self._guides_at(evaluated[k])
+            corrected = self._corrects_at(sigmas[k - 1]) if method == "heun" and k else None
+            # Heun's steps are random where churn moves them, DDIM's at η > 0
+            random = {"ddpm": True, "ddim": self.eta > 0, "heun": evaluated[k] > sigmas[k], "dpmpp": False}[method]
             for remaining in reversed(range(plan.recurrence if guided else 1)):
-                noise = self._step_noise(draws, plan, k, is_last=remaining == 0)
-                kind = _Kind(
-                    method,
-                    guided,
-                    seeded=not solving and self._is_random(plan, k) and noise is None,
-                    corrected=self._corrects_at(timeline.sigmas[k - 1]) if method == "heun" and k else None,
-                    keep_x0=plan.keep_x0,
-                )
+                noise = draws.repeat(random) if remaining else draws.step(random, inside=not solving)
+                seeded = not solving and random and noise is None
+                kind = _Kind(method, guided, seeded, corrected, plan.keep_x0)
                 inputs = _Inputs(None if times is None else times[k], plan.table[k], noise)
-                step = self._solver_step if solving else self._step
                 found = step(kind, state, inputs) if graphs is None else graphs.run(step, kind, inputs)
                 if remaining:
                     signal, deviation = timeline.renoising(k)
-                    state.x_t.mul_(signal).add_(draws.repeat(), alpha=deviation)
+                    fresh = draws.repeat()
+                    assert fresh is not None
+                    state.x_t.mul_(signal).add_(fresh, alpha=deviation)
             if record is not None and found.diagnostics is not None:
                 record.values[index, :, run.images] = found.diagnostics
-            timestep, sigma = timeline.timesteps[k].item(), float(timeline.sigmas[k])
-            yield Step(index, len(timeline), timestep, sigma, run.images, state.x_t, found.x0)
+            yield Step(index, len(timeline), timesteps[k], sigmas[k], run.images, state.x_t, found.x0)
 
     def _guides_at(self, sigma: float) -> bool:
         return self.guidance is not None and self.guidance.guides_at(sigma)
@@ -396,19 +399,6 @@ class FDivSampler:
     def _corrects_at(self, sigma: float) -> bool:
         """Whether Heun's correction at this noise level is guided."""
         return self._guides_at(sigma) and not self._follows_edm_rule
-
-    def _is_random(self, plan: _Plan, k: int) -> bool:
-        if plan.method == "heun":
-            return plan.timeline.evaluated[k] > plan.timeline.sigmas[k]
-        return plan.method == "ddpm" or plan.method == "ddim" and self.eta > 0
-
-    def _step_noise(self, draws: Draws, plan: _Plan, k: int, is_last: bool) -> Tensor | None:
-        """A step's own noise; None where it needs none, or draws it from the seeds inside."""
-        used = self._is_random(plan, k)
-        if is_last:
-            return draws.step(used, inside=plan.method in METHODS)
-        noise = draws.repeat()
-        return noise if used else None
 
     def _step(self, kind: _Kind, state: _State, inputs: _Inputs) -> _Found:
         """One step of DDPM or DDIM: x_t becomes x_{t−1} in place."""
@@ -422,8 +412,9 @@ class FDivSampler:
         if kind.keep_x0 or kind.guided and self._sees_x0:
             x0 = self._predict_x0(x_t, model_output, coefficients)
         if kind.guided:
-            assert x0 is not None or not self._sees_x0
-            found = self._image_gradient(guidance, x0 if self._sees_x0 and x0 is not None else x_t, t, labels)
+            seen = x0 if self._sees_x0 else x_t
+            assert seen is not None
+            found = self._image_gradient(guidance, seen, t, labels)
             scores = guidance.tilted(found.stats) if found.stats is not None else None
             if scores is not None and self.group is not None:
                 weights, scores = self._tilt_weights(guidance, scores), None
@@ -479,8 +470,8 @@ class FDivSampler:
         if kind.keep_x0 or guided and self._sees_x0:
             x0 = image.clamp(-1, 1) if self.clip_denoised else image
         if guided:
-            assert self.guidance is not None
-            seen = x0 if self._sees_x0 and x0 is not None else x * level[Level.SHRINK]
+            seen = x0 if self._sees_x0 else x * level[Level.SHRINK]
+            assert self.guidance is not None and seen is not None
             found, weights = self._weighed_gradient(self.guidance, seen, t, labels)
             push = level[Level.PUSH] * self.guidance.scale
             if weights is not None:
@@ -670,6 +661,16 @@ def _as_tuple(classifier: Any) -> tuple[Classifier, ...]:
             raise ValueError("classifier=[] must hold at least one classifier")
         return tuple(classifier)
     return () if classifier is None else (classifier,)
+
+
+def _as_range(sigma_range: Any) -> tuple[float, float] | None:
+    if sigma_range is None:
+        return None
+    try:
+        low, high = map(float, sigma_range)
+    except (TypeError, ValueError):
+        raise ValueError(f"sigma_range={sigma_range!r} must be a pair of noise levels, the lowest first") from None
+    return low, high
 
 
 def _denoise_of(model: Any, compile: bool) -> Callable[..., Tensor] | None:

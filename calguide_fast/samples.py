@@ -21,6 +21,8 @@ from calguide_fast.trajectory import Trajectory
 class Diagnostics:
     """What guidance did at each of K steps, in order of use, to each of N images; NaN where it was off.
 
+    Where a step evaluates the model more than once, this is of the first time; where it is repeated, of the last.
+
     Attributes:
         timesteps: (K,) the original timesteps, falling: int64, or float64 for the methods in EDM's scaling.
         sigmas: (K,) noise levels before each step.
