@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calguide_fast.noise_levels import Solve
+from calguide_fast.karras import Solve
 
 LEAST = 1e-5  # of c_i's falling part
 
@@ -32,7 +32,7 @@ def shift(x: Tensor, gradient: Tensor, row: Tensor, max_guidance: float, add_fac
     Args:
         x: (B, C, *spatial) float32.
         gradient: of the score, the same shape.
-        row: of :meth:`calguide_fast.noise_levels.NoiseLevels.table`.
+        row: of :meth:`calguide_fast.karras.KarrasLevels.table`.
         max_guidance: m.
         add_factor: a.
     """

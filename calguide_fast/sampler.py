@@ -17,9 +17,9 @@ from calguide_fast.draws import Draws, Noise
 from calguide_fast.ensemble import Member, mean_gradient, shares
 from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance, ImageGradient
+from calguide_fast.karras import SIGMA_RANGE, Churn, KarrasLevels, Level, Solve
 from calguide_fast.networks import device_of, dtype_of, frozen, layout_of, prepared
 from calguide_fast.noise import as_seeds, draw_labels
-from calguide_fast.noise_levels import SIGMA_RANGE, Churn, Level, NoiseLevels, Solve
 from calguide_fast.ops import checks
 from calguide_fast.ops.checks import check_labels, number
 from calguide_fast.ops.coefficients import Coefficient
@@ -86,7 +86,7 @@ class FDivSampler:
         variance: ``"fixed_small"`` or ``"fixed_large"``, for models that predict no v.
         eta: η of DDIM.
         churn, s_tmin, s_tmax, s_noise: EDM's stochasticity of ``"heun"``: see
-            :class:`calguide_fast.noise_levels.Churn`.
+            :class:`calguide_fast.karras.Churn`.
         sigma_range: (lowest, highest) noise level of ``"heun"`` and ``"dpmpp"``, in EDM's units; EDM's (0.002, 80), as
             far as the schedule or the denoiser goes, if not given.
         clip_denoised: clip x̂₀ to [−1, 1]: for the classifier; in ``"ddpm"`` and ``"ddim"`` before guidance, as
@@ -266,7 +266,7 @@ class FDivSampler:
             :class:`calguide_fast.samples.Samples`.
         """
         self._check_method(method, recurrence)
-        timeline = self._noise_levels(steps) if method in SOLVERS else self.schedule.respaced(steps)
+        timeline = self._karras_levels(steps) if method in SOLVERS else self.schedule.respaced(steps)
         wanted = self._wanted(labels)
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
@@ -317,7 +317,7 @@ class FDivSampler:
         if recurrence > 1 and self.guidance is None:
             raise ValueError(f"recurrence={recurrence} repeats guided steps, and guidance=None has none")
 
-    def _check_noise(self, noise: Noise | None, count: int, timeline: Timeline | NoiseLevels, recurrence: int) -> None:
+    def _check_noise(self, noise: Noise | None, count: int, timeline: Timeline | KarrasLevels, recurrence: int) -> None:
         if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
             raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
         guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
@@ -326,7 +326,7 @@ class FDivSampler:
             first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
             raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
 
-    def _noise_levels(self, steps: str | int) -> NoiseLevels:
+    def _karras_levels(self, steps: str | int) -> KarrasLevels:
         """Where a solver goes: as far as the model does, within the range asked for."""
         if self._denoise is None:
             low, high = self.schedule.sigmas[[0, -1]].tolist()
@@ -339,7 +339,7 @@ class FDivSampler:
             asked = self.sigma_range
             if not low <= asked[0] < asked[1] <= high:
                 raise ValueError(f"sigma_range={asked!r} must rise, and lie within the model's range, {low}..{high}")
-        return NoiseLevels.karras(steps, *asked, self.schedule, self.churn)
+        return KarrasLevels.karras(steps, *asked, self.schedule, self.churn)
 
     def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
         if self._graphs is None:
@@ -588,7 +588,7 @@ class _Plan(NamedTuple):
     """How a run samples, the same for all its batches."""
 
     method: str
-    timeline: Timeline | NoiseLevels
+    timeline: Timeline | KarrasLevels
     table: Tensor  # (K, 16 or 14) float32, a row of coefficients for each k
     recurrence: int
     keep_x0: bool

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from calguide_fast.guidance import ImageGradient
-from calguide_fast.noise_levels import NoiseLevels
+from calguide_fast.karras import KarrasLevels
 from calguide_fast.schedule import Timeline
 from calguide_fast.trajectory import Trajectory
 
@@ -54,7 +54,7 @@ class Diagnostics:
         return self.values[:, 3]
 
     @classmethod
-    def empty(cls, timeline: Timeline | NoiseLevels, count: int, device: torch.device) -> Diagnostics:
+    def empty(cls, timeline: Timeline | KarrasLevels, count: int, device: torch.device) -> Diagnostics:
         values = torch.full((len(timeline), 4, count), math.nan, dtype=torch.float32, device=device)
         timesteps, sigmas = (torch.from_numpy(table[::-1].copy()) for table in (timeline.timesteps, timeline.sigmas))
         return cls(timesteps, sigmas, values)

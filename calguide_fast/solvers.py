@@ -1,7 +1,7 @@
 """Solvers in EDM's scaling, x = x₀ + σ n: one step from the noise level σ̂ to the next, given denoised images.
 
 Both follow dx/dσ = (x − D(x; σ))/σ, D the denoised image. Coefficients are () float32 tensors of a row of
-:meth:`calguide_fast.noise_levels.NoiseLevels.table`, so that one recording serves every step.
+:meth:`calguide_fast.karras.KarrasLevels.table`, so that one recording serves every step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calguide_fast.noise_levels import Solve
+from calguide_fast.karras import Solve
 
 SOLVERS = ("heun", "dpmpp")
 

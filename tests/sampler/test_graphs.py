@@ -653,6 +653,24 @@ def test_no_step_waits_for_the_device(with_cond_fn, method):
     assert watch.bad == []
 
 
+NO_WAITS = {
+    "churned": ({"churn": 3.0, "tilt": 0.3}, {"method": "heun"}),
+    "dpmpp": ({"entropy_scaling": 3.0}, {"method": "dpmpp"}),
+    "edm rule": ({"rule": "edm", "max_guidance": 0.1}, {"method": "heun"}),
+    "recurrence": ({"interval": (0.05, 50)}, {"recurrence": 2}),
+    "ensemble": ({"classifier": [classifier(), classifier()]}, {}),
+    "trajectory": ({}, {"trajectory": 3, "trajectory_of": "x0"}),
+}
+
+
+@pytest.mark.parametrize("case", NO_WAITS)
+def test_no_step_of_solvers_and_options_waits(case):
+    settings, options = NO_WAITS[case]
+    guides = settings.get("classifier", [classifier()])
+    settings = {**settings, "classifier": [guide.to("meta") for guide in guides]}
+    assert watched_steps(FDivSampler(unet().to("meta"), device="meta", **settings), **options).bad == []
+
+
 def test_the_watch_sees_a_wait():
     def asks(x, t):
         x.sum().item()

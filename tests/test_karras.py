@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from calguide_fast.noise_levels import ROW_LENGTH, Churn, Level, NoiseLevels, Solve
+from calguide_fast.karras import ROW_LENGTH, Churn, KarrasLevels, Level, Solve
 from calguide_fast.schedule import Schedule
 
 LINEAR = Schedule.linear()
@@ -16,11 +16,11 @@ LINEAR = Schedule.linear()
 
 def test_levels_are_edms():
     """Where EDM's published sampler goes in 18 steps from 80 to 0.002."""
-    levels = NoiseLevels.karras(18, 0.002, 80.0, LINEAR).sigmas
+    levels = KarrasLevels.karras(18, 0.002, 80.0, LINEAR).sigmas
     assert len(levels) == 18 and levels[[0, -1]] == pytest.approx([0.002, 80.0])
     assert levels[[16, 15]] == pytest.approx([57.586, 40.786], rel=1e-4)
     assert np.diff(levels ** (1 / 7)) == pytest.approx(np.full(17, (80 ** (1 / 7) - 0.002 ** (1 / 7)) / 17))
-    assert NoiseLevels.karras(1, 0.002, 80.0, LINEAR).sigmas.tolist() == [80.0]
+    assert KarrasLevels.karras(1, 0.002, 80.0, LINEAR).sigmas.tolist() == [80.0]
 
 
 def test_timesteps_are_straight_lines_in_log_sigma():
@@ -39,7 +39,7 @@ def test_churn_is_edms():
 
 
 def test_table():
-    levels = NoiseLevels.karras(5, 0.01, 50.0, LINEAR, Churn(1.0, s_noise=1.1))
+    levels = KarrasLevels.karras(5, 0.01, 50.0, LINEAR, Churn(1.0, s_noise=1.1))
     table, sigmas = levels.table().double(), levels.sigmas
     assert table.shape == (5, ROW_LENGTH) and levels.table().dtype == torch.float32 and len(levels) == 5
     for k in range(5):
@@ -60,11 +60,11 @@ def test_table():
 
 
 @pytest.mark.parametrize(
-    "levels", [NoiseLevels.karras(4, 0.1, 9.0, LINEAR), LINEAR.respaced(4)], ids=["edm", "discrete"]
+    "levels", [KarrasLevels.karras(4, 0.1, 9.0, LINEAR), LINEAR.respaced(4)], ids=["edm", "discrete"]
 )
 def test_renoising_goes_back_to_the_level(levels):
     """In variance, of an image without any; from each level to the one before it."""
-    edm = isinstance(levels, NoiseLevels)
+    edm = isinstance(levels, KarrasLevels)
     variances = [0.0, *(levels.sigmas**2 if edm else 1 - levels.alphas_cumprod)]
     for k in range(4):
         signal, deviation = levels.renoising(k)
@@ -85,4 +85,4 @@ def test_renoising_goes_back_to_the_level(levels):
 )
 def test_wrong_levels(arguments, message):
     with pytest.raises(ValueError, match=message):
-        NoiseLevels.karras(*arguments, LINEAR)
+        KarrasLevels.karras(*arguments, LINEAR)

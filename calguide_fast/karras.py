@@ -76,7 +76,7 @@ class Churn:
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseLevels:
+class KarrasLevels:
     """The K noise levels that a solver visits, from k = K−1 down to 0, and from there to 0.
 
     Attributes:
@@ -94,7 +94,7 @@ class NoiseLevels:
     @classmethod
     def karras(
         cls, count: int | str, low: float, high: float, schedule: Schedule, churn: Churn | None = None
-    ) -> NoiseLevels:
+    ) -> KarrasLevels:
         """K levels between two, evenly spaced in σ^(1/ρ), ρ = 7 (Karras et al., arXiv 2206.00364, equation 5).
 
         Args:
