@@ -2,6 +2,7 @@
 
 from calguide_fast.backends import backend_report, use_backend
 from calguide_fast.calibration.losses import HuberECELoss, SmoothECELoss, huber_ece
+from calguide_fast.cond_fn import as_cond_fn
 from calguide_fast.guidance import Guidance
 from calguide_fast.ops.guidance import GuidanceGradient, guidance_gradient, guidance_score
 from calguide_fast.ops.smooth_ece import SmoothECE, smooth_ece, smooth_ece_from_logits
@@ -20,6 +21,7 @@ __all__ = [
     "Samples",
     "SmoothECE",
     "SmoothECELoss",
+    "as_cond_fn",
     "backend_report",
     "guidance_gradient",
     "guidance_score",

@@ -36,6 +36,16 @@ def is_direct(*tensors: Tensor | None) -> bool:
     return True
 
 
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """The function's outputs; where nothing watches, past ``Function.apply``, some 30 µs sooner.
+
+    That is for transforms, and binds the arguments by inspecting the signature.
+    """
+    if is_direct(*(value for value in inputs if isinstance(value, Tensor))):
+        return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
+    return function.apply(*inputs)
+
+
 def dispatched(op: Any, *arguments: Any) -> Any:
     """The op's result by way of the dispatcher, cut off from autograd as on the direct path."""
     with torch.no_grad():

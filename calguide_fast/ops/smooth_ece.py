@@ -11,7 +11,7 @@ from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
 from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct
 
 LIBRARY.define(
     "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_gradient) "
@@ -67,7 +67,7 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if _may_be_differentiated(confidence):
-        return SmoothECE(*_Differentiable.apply(confidence, correct, weights, sigma)[:2])
+        return SmoothECE(*applied(_Differentiable, confidence, correct, weights, sigma)[:2])
     stats, _ = _measure(confidence, correct, weights, sigma, False)
     return SmoothECE(stats[0], stats[1])
 
@@ -158,10 +158,15 @@ class _Differentiable(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(output[2])
         ctx.dtype = inputs[0].dtype
+        if not torch.compiler.is_compiling():
+            # no zeros for the outputs that have no gradient
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, value_grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
+        if value_grad is None:
+            return None, None, None, None
         (grad,) = ctx.saved_tensors
         return (value_grad * grad).to(ctx.dtype), None, None, None
 

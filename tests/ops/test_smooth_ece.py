@@ -188,6 +188,30 @@ def test_a_double_root_between_two_looks_is_found():
         assert_near(values[0], values[1], 1e-9)
 
 
+def test_gradient_where_the_residual_grazes_zero(served):
+    """R is beyond 0 for 0.004 bandwidths only. The gradient is that of the definition: 0.1 % away from one without the
+    dip, as it changes with the root of the dip's depth.
+    """
+    f, y, w, sigma = np.array([0.2062, 0.4562, 0.7062]), np.array([0.0, 1, 0]), np.array([1, 0.06166421404682, 1]), 0.1
+    near = np.linspace(0.4312, 0.432, 8001)
+    r = curve(near, sigma, f, y, w)
+    (i, j) = np.nonzero(r[1:] * r[:-1] < 0)[0]
+    roots = [near[k] + (near[1] - near[0]) * r[k] / (r[k] - r[k + 1]) for k in (i, j)]
+
+    def smoothed_sign(x: float) -> float:
+        def up_to(t: float) -> float:
+            images = [t - 2 * image - side * x for image in range(-2, 3) for side in (1, -1)]
+            return sum(math.erf(d / (sigma * math.sqrt(2))) for d in images) / 2
+
+        return up_to(1) - up_to(0) - 2 * (up_to(roots[1]) - up_to(roots[0]))
+
+    slope = [(smoothed_sign(x + 1e-5) - smoothed_sign(x - 1e-5)) / 2e-5 for x in f]
+    expected = w / w.sum() * ([smoothed_sign(x) for x in f] + (f - y) * slope)
+    leaf = torch.tensor(f, requires_grad=True)
+    value = smooth_ece(leaf, torch.tensor(y), sigma, torch.tensor(w)).value
+    assert_near(torch.autograd.grad(value, leaf)[0], torch.tensor(expected), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_confidences(dtype, served):
     f, y = sample(500, dtype=dtype)
