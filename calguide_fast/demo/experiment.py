@@ -155,7 +155,7 @@ def trace_gradients(
 
     def watch(step: Step) -> None:
         assert step.x0 is not None  # classified at every step, as there is no interval
-        timesteps.append(step.timestep)
+        timesteps.append(int(step.timestep))
         for name, classifier in doubles.items():
             for term, guidance in terms.items():
                 # float64, for a gradient that vanishes is a small difference
