@@ -66,6 +66,79 @@ def _js(logits: Tensor, labels: Tensor) -> Scored:
     return grad - ALPHA * (w - p * w_sum[:, None]), log_prob - ALPHA * (w_sum + 0.5 * (own - q_log_total))
 
 
+def reduced(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
+    """G and the score with one exponential an element, and a logarithm for JS alone: the fairest form in PyTorch.
+
+    With d = f − max f, e = exp(d) and e₂ = √e (τ₂ = ½), G is e (b₀ + b₁ d) + a e₂ + c but at the label.
+    """
+    return {"reverse_kl": _reduced_reverse_kl, "forward_kl": _reduced_forward_kl, "js": _reduced_js}[divergence]
+
+
+class _Reduced:
+    """What all three share: exponentials, their sums, and the label's own values, each (B, 1)."""
+
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        # TAU is one half
+        self.label = labels[:, None]
+        top = logits.amax(1, keepdim=True)
+        self.d = logits - top  # [B, C]
+        self.e = self.d.exp()
+        self.root = self.e.sqrt()
+        self.inverse = self.e.sum(1, keepdim=True).reciprocal()
+        self.log_sum = -self.inverse.log()
+        self.root_sum = self.root.sum(1, keepdim=True)
+        self.label_d = self.d.gather(1, self.label)
+        self.label_p = self.label_d.exp() * self.inverse
+        self.log_prob = self.label_d + top - TAU * top - self.root_sum.log()
+
+    def grad(self, of_divergence: Tensor, at_label: Tensor) -> Tensor:
+        """G, from what the divergence puts everywhere, overwritten, and what it adds at the label."""
+        grad = of_divergence.addcmul_(self.root, -TAU / self.root_sum)
+        return grad.scatter_add_(1, self.label, at_label + 1)
+
+    def score(self, divergence: Tensor) -> Tensor:
+        return (self.log_prob - ALPHA * divergence).squeeze(1)
+
+
+def _reduced_reverse_kl(logits: Tensor, labels: Tensor) -> Scored:
+    r = _Reduced(logits, labels)
+    classes = logits.shape[1]
+    q_label, q_other = _targets(classes)
+    own = q_label * math.log(q_label) + (classes - 1) * q_other * math.log(q_other)
+    log_p_sum = r.d.sum(1, keepdim=True) - classes * r.log_sum
+    cross = q_other * log_p_sum + (q_label - q_other) * (r.label_d - r.log_sum)
+    at_label = torch.full_like(r.label_p, ALPHA * (q_label - q_other))
+    return r.grad(r.e * (-ALPHA * r.inverse) + ALPHA * q_other, at_label), r.score(own - cross)
+
+
+def _reduced_forward_kl(logits: Tensor, labels: Tensor) -> Scored:
+    r = _Reduced(logits, labels)
+    log_label, log_other = map(math.log, _targets(logits.shape[1]))
+    weighted = r.e * r.d
+    excess = log_label - log_other
+    divergence = weighted.sum(1, keepdim=True) * r.inverse - r.log_sum - log_other - excess * r.label_p
+    b = ALPHA * r.inverse
+    of_divergence = weighted.mul_(-b).addcmul_(r.e, b * (r.log_sum + log_other + divergence))
+    return r.grad(of_divergence, ALPHA * excess * r.label_p), r.score(divergence)
+
+
+def _reduced_js(logits: Tensor, labels: Tensor) -> Scored:
+    r = _Reduced(logits, labels)
+    classes = logits.shape[1]
+    q_label, q_other = _targets(classes)
+    p = r.e * r.inverse
+    log_total = (p + q_other).log()
+    label_log_total, label_log_other = (r.label_p + q_label).log(), (r.label_p + q_other).log()
+    # what the line after it has too much at the label, where q is another
+    label_excess = 0.5 * r.label_p * (label_log_total - label_log_other)
+    w = (r.d - log_total).add_(math.log(2) - r.log_sum).mul_(p).mul_(0.5)
+    w_sum = w.sum(1, keepdim=True) - label_excess
+    q_log_total = q_other * (log_total.sum(1, keepdim=True) - label_log_other) + q_label * label_log_total
+    own = q_label * math.log(2 * q_label) + (classes - 1) * q_other * math.log(2 * q_other)
+    of_divergence = w.mul_(-ALPHA).addcmul_(p, ALPHA * w_sum)
+    return r.grad(of_divergence, ALPHA * label_excess), r.score(w_sum + 0.5 * (own - q_log_total))
+
+
 def autograd(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
     """G by differentiating the score as one would first write it down."""
 
@@ -108,11 +181,15 @@ def ddpm_step(row: list[float], scale: float) -> Callable[[Tensor, Tensor, Tenso
     return step
 
 
-def ddpm_step_drawing(row: list[float], scale: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The same with the noise drawn in it."""
-    step = ddpm_step(row, scale)
+def clean_image(row: list[float]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The clipped x̂₀, of a model that predicts a variance, too."""
 
-    def run(x_t: Tensor, model_output: Tensor, gradient: Tensor) -> Tensor:
-        return step(x_t, model_output, gradient, torch.randn_like(x_t))
+    def predict(x_t: Tensor, model_output: Tensor) -> Tensor:
+        return (row[0] * x_t - row[1] * model_output[:, : x_t.shape[1]]).clamp(-1, 1)
 
-    return run
+    return predict
+
+
+def weights(scores: Tensor, tilt: float) -> Tensor:
+    """Of the images of a tilt group; their mean is 1."""
+    return len(scores) * torch.softmax(tilt * scores, 0)

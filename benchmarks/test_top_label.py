@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calguide_fast import guidance_gradient, smooth_ece, smooth_ece_from_logits
+from calguide_fast import guidance_gradient, smooth_ece, smooth_ece_from_logits, use_backend
 from calguide_fast.ops.top_label import top_label
 
 SHAPES = [(256, 1000), (50_000, 10), (50_000, 1000)]
@@ -46,61 +46,92 @@ def peers_function(peer: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
     return composed if peer == "eager" else torch.compile(composed, fullgraph=True, dynamic=False)
 
 
+def reference(logits: Tensor, labels: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What the reference finds, float64."""
+    with use_backend("reference"):
+        return function(logits.double(), labels).detach()
+
+
+def pulled(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The gradient in the logits of a scalar of them."""
+
+    def run(logits: Tensor, labels: Tensor) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf, labels), leaf)[0]
+
+    return run
+
+
 @pytest.mark.parametrize(("shape", "peer"), cases(*PEERS, "guidance"))
-def test_top_label(compare, shape: tuple[int, int], peer: str) -> None:
-    logits, labels = sample(shape)
-
-    def ours() -> tuple[Tensor, ...]:
-        return top_label(logits, labels)
-
+def test_top_label(compare, device, backend, shape: tuple[int, int], peer: str) -> None:
+    logits, labels = (tensor.to(device) for tensor in sample(shape))
     if peer == "guidance":
         out = torch.empty_like(logits)
 
-        def other():
-            return guidance_gradient(logits, labels, "reverse_kl", marginal_temperature=1.0, out=out)
+        def other(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return tuple(guidance_gradient(logits, labels, "reverse_kl", marginal_temperature=1.0, out=out))
     else:
-        function = peers_function(peer)
-
-        def other():
-            return function(logits, labels)
-
-        confidence, _, correct = ours()
-        torch.testing.assert_close(other()[0], confidence, rtol=1e-5, atol=1e-6)
-        assert torch.equal(other()[1], correct)
-    floor = LEAST_OF_GUIDANCE if peer == "guidance" else None
-    compare(f"top_label {shape[0]}x{shape[1]}", peer, other, ours, floor, logits.numel())
+        other = peers_function(peer)
+        assert torch.equal(other(logits, labels)[1], top_label(logits, labels)[2])
+    compare(
+        f"top_label {shape[0]}x{shape[1]}",
+        peer,
+        other,
+        top_label,
+        (logits, labels),
+        expected=(reference(logits, labels, lambda logits, labels: top_label(logits, labels)[0]),),
+        same_result=peer != "guidance",
+        floor=LEAST_OF_GUIDANCE if peer == "guidance" and device.type == "cpu" else None,
+        size=logits.numel(),
+        # the logits, a label and its three results
+        traffic=logits.nbytes + (8 + 4 + 8 + 1) * len(logits),
+        host=shape == SHAPES[0] and peer == "eager",
+    )
 
 
 @pytest.mark.parametrize(("shape", "peer"), cases(*PEERS))
-def test_top_label_and_its_gradient(compare, shape: tuple[int, int], peer: str) -> None:
-    logits, labels = sample(shape)
-    logits.requires_grad_()
+def test_top_label_and_its_gradient(compare, device, backend, shape: tuple[int, int], peer: str) -> None:
+    logits, labels = (tensor.to(device) for tensor in sample(shape))
     function = peers_function(peer)
-
-    def pulled(function) -> Tensor:
-        return torch.autograd.grad(function(logits, labels)[0].mean(), logits)[0]
-
-    torch.testing.assert_close(pulled(function), pulled(top_label), rtol=1e-4, atol=1e-6)
-    group = f"top_label {shape[0]}x{shape[1]}, gradient"
-    compare(group, peer, lambda: pulled(function), lambda: pulled(top_label), None, logits.numel())
+    ours = pulled(lambda logits, labels: top_label(logits, labels)[0].mean())
+    compare(
+        f"top_label {shape[0]}x{shape[1]}, gradient",
+        peer,
+        pulled(lambda logits, labels: function(logits, labels)[0].mean()),
+        ours,
+        (logits, labels),
+        expected=reference(logits, labels, ours),
+        atol=1e-6,
+        size=logits.numel(),
+        traffic=3 * logits.nbytes,
+    )
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
 @pytest.mark.parametrize(("shape", "peer"), cases("eager"))
-def test_smooth_ece_from_logits(compare, shape: tuple[int, int], peer: str, gradient: bool) -> None:
+def test_smooth_ece_from_logits(compare, device, backend, shape: tuple[int, int], peer: str, gradient: bool) -> None:
     """Ours in both, after PyTorch's own softmax, max and comparison or in one go."""
-    logits, labels = sample(shape)
-    logits.requires_grad_(gradient)
+    logits, labels = (tensor.to(device) for tensor in sample(shape))
 
-    def measured(value: Tensor) -> Tensor:
-        return torch.autograd.grad(value, logits)[0] if gradient else value
+    def other(logits: Tensor, labels: Tensor) -> Tensor:
+        return smooth_ece(*composed(logits, labels)).value
 
-    def other() -> Tensor:
-        return measured(smooth_ece(*composed(logits, labels)).value)
+    def ours(logits: Tensor, labels: Tensor) -> Tensor:
+        return smooth_ece_from_logits(logits, labels).value
 
-    def ours() -> Tensor:
-        return measured(smooth_ece_from_logits(logits, labels).value)
-
-    torch.testing.assert_close(other(), ours(), rtol=1e-3, atol=1e-6)
-    group = f"smooth_ece_from_logits {shape[0]}x{shape[1]}{', gradient' * gradient}"
-    compare(group, peer, other, ours, None, logits.numel())
+    if gradient:
+        other, ours = pulled(other), pulled(ours)
+    compare(
+        f"smooth_ece_from_logits {shape[0]}x{shape[1]}{', gradient' * gradient}",
+        peer,
+        other,
+        ours,
+        (logits, labels),
+        expected=reference(logits, labels, ours),
+        rtol=1e-3,
+        atol=1e-6,
+        size=logits.numel(),
+        traffic=(3 if gradient else 1) * logits.nbytes,
+        host=shape == SHAPES[0] and not gradient,
+        in_torch=False,
+    )
