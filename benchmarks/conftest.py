@@ -116,6 +116,7 @@ def compare(
         traffic: int = 0,
         host: bool = False,
         in_torch: bool = True,
+        **more: Any,
     ) -> None:
         """Checks both sides, times them in turn, and keeps what was measured beside the peer's statistics.
 
@@ -135,6 +136,7 @@ def compare(
             traffic: bytes that ours must read and write.
             host: measure what is spent around the kernel.
             in_torch: whether the peer allocates through PyTorch and, on a GPU, can be recorded.
+            more: kept with the row.
         """
         clock = clock_of(device)
         copies = clock.copies(inputs)
@@ -168,6 +170,7 @@ def compare(
             device=device.type,
             threads=torch.get_num_threads(),
             torch=torch.__version__,
+            **more,
         )
         if isinstance(clock, DeviceClock) and in_torch and traffic < SMALL:
             benchmark.extra_info.update(_replayed(clock, peer, ours, copies, seconds))
@@ -243,6 +246,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         names = max(len(info["peer"]) for _, info in rows)
         for group, info in rows:
             terminalreporter.write_line(_line(group, info, width, names))
+    grown = [(b.group, b.extra_info) for b in session.benchmarks if "exponent" in b.extra_info] if session else []
+    for group, info in grown:
+        steep = info["exponent"] is not None and info["exponent"] > info["ceiling"]
+        found = "fixed cost" if info["exponent"] is None else f"as work to the power of {info['exponent']:.2f}"
+        terminalreporter.write_line(f"{group}: {found}, ceiling {info['ceiling']:g}{'  MISSED' * steep}")
     for reason in config.stash[_NOT_MEASURED]:
         terminalreporter.write_line(f"not measured here: {reason}")
 

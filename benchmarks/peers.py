@@ -139,10 +139,13 @@ def _reduced_js(logits: Tensor, labels: Tensor) -> Scored:
     return r.grad(of_divergence, ALPHA * label_excess), r.score(w_sum + 0.5 * (own - q_log_total))
 
 
-def autograd(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
-    """G by differentiating the score as one would first write it down."""
+def score(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The score as one would first write it down: EluCD's log-probability, and less a divergence's share if any."""
 
-    def score(logits: Tensor, labels: Tensor) -> Tensor:
+    def run(logits: Tensor, labels: Tensor) -> Tensor:
+        log_prob = logits.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(TAU * logits, 1)
+        if divergence == "none":
+            return log_prob
         log_p = torch.log_softmax(logits, 1)
         q = torch.full_like(logits, (1 - EPSILON) / logits.shape[1])
         q.scatter_add_(1, labels[:, None], torch.full_like(q[:, :1], EPSILON))
@@ -154,12 +157,18 @@ def autograd(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
         else:
             log_m = ((p + q) / 2).log()
             d = 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(1)
-        log_prob = logits.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(TAU * logits, 1)
         return log_prob - ALPHA * d
+
+    return run
+
+
+def autograd(divergence: str) -> Callable[[Tensor, Tensor], Scored]:
+    """G by differentiating the score."""
+    of = score(divergence)
 
     def run(logits: Tensor, labels: Tensor) -> Scored:
         logits = logits.detach().requires_grad_()
-        s = score(logits, labels)
+        s = of(logits, labels)
         (grad,) = torch.autograd.grad(s.sum(), logits)
         return grad, s.detach()
 
