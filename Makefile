@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo train-demo test test-full bench bench-smoke gpu-check lint clean
+.PHONY: setup demo train-demo test test-full bench bench-smoke bench-report gpu-check lint clean
 
 setup: $(READY)
 
@@ -35,6 +35,12 @@ bench: setup
 
 bench-smoke: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
+
+# runs and writes benchmarks/results/<name>.json, .md and charts; NAME=… names them, BENCH="--threads 2" is pytest's
+bench-report: setup
+	mkdir -p out
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json $(BENCH)
+	$(BIN)/python benchmarks/report.py out/benchmarks.json $(if $(NAME),--name $(NAME))
 
 # with the PyTorch of $(PYTHON), which is the GPU's; PARTS=build,tests picks parts, LIMIT=60 gives each so many seconds
 gpu-check:

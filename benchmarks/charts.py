@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 Row = Mapping[str, Any]
 
@@ -47,7 +47,11 @@ def _ratios(rows: Sequence[Row]) -> Figure:
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("times as long as ours takes (1: ours)")
     axes.grid(axis="x", which="both", color="#DDDDDD", linewidth=0.6)
     axes.grid(axis="y", color="#EEEEEE", linewidth=0.6)
@@ -76,7 +80,7 @@ def _roofline(rows: Sequence[Row]) -> Figure:
     low, high = min(ceiling), max(ceiling)
     ticks = [size for size in (1 << k for k in range(10, 40, 2)) if low / 4 <= size <= high * 2]
     axes.set_xticks(ticks, [_bytes(size) for size in ticks])
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
     axes.set_xlabel("bytes read and written by a call")
     axes.set_ylabel("GB/s")
     axes.grid(which="both", color="#E5E5E5", linewidth=0.6)
@@ -133,6 +137,7 @@ def _growth(rows: Sequence[Row]) -> Figure:
         axes.set_title(row["group"].removeprefix("growth "), fontsize=9)
         axes.grid(color="#E5E5E5", linewidth=0.6)
         axes.tick_params(labelsize=8)
+        axes.yaxis.set_minor_formatter(NullFormatter())
     for axes in panels[len(rows) :]:
         axes.set_axis_off()
     figure.supylabel("µs a call; dashed: as its work grows", fontsize=9)

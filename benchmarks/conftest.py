@@ -110,12 +110,14 @@ def compare(
         same_result: bool = True,
         rtol: float = 1e-4,
         atol: float = 2e-5,
+        peer_rtol: float | None = None,
         floor: float | None = None,
         ceiling: float | None = None,
         size: int = 0,
         traffic: int = 0,
         host: bool = False,
         in_torch: bool = True,
+        waits: bool = False,
         **more: Any,
     ) -> None:
         """Checks both sides, times them in turn, and keeps what was measured beside the peer's statistics.
@@ -130,12 +132,14 @@ def compare(
             same_result: whether the peer must, too. One that does another job is there for scale.
             rtol: for fp32 against float64; wider for narrower dtypes.
             atol: the same.
+            peer_rtol: for a peer that promises less.
             floor: the ratio should be at least this.
             ceiling: the ratio should be at most this.
             size: elements of the input, for the time of each.
             traffic: bytes that ours must read and write.
             host: measure what is spent around the kernel.
-            in_torch: whether the peer allocates through PyTorch and, on a GPU, can be recorded.
+            in_torch: whether the peer allocates through PyTorch.
+            waits: whether either waits for a GPU, so that no graph of it can be recorded.
             more: kept with the row.
         """
         clock = clock_of(device)
@@ -143,7 +147,7 @@ def compare(
         if expected is not None:
             _check("ours", ours(*copies[0]), expected, rtol, atol)
             if same_result:
-                _check(name, peer(*copies[0]), expected, rtol, atol)
+                _check(name, peer(*copies[0]), expected, rtol if peer_rtol is None else peer_rtol, atol)
         peer_time, our_time = interleaved(clock, [peer, ours], [copies, copies], seconds)
 
         benchmark.group = group
@@ -172,7 +176,7 @@ def compare(
             torch=torch.__version__,
             **more,
         )
-        if isinstance(clock, DeviceClock) and in_torch and traffic < SMALL:
+        if isinstance(clock, DeviceClock) and in_torch and not waits and traffic < SMALL:
             benchmark.extra_info.update(_replayed(clock, peer, ours, copies, seconds))
 
     return run

@@ -115,14 +115,14 @@ def _heading(run: Mapping[str, Any]) -> list[str]:
     lines = [
         f"# Benchmarks on {machine['processor'] if machine['device'] == 'CPU' else machine['device']}",
         "",
-        f"{run['date']}, commit {(commit.get('id') or 'unknown')[:12]}{changed}; {machine['threads']} thread(s), Python "
-        f"{machine.get('python_version', '?')}, torch {machine['torch']}. Backends: "
+        f"{run['date']}, commit {(commit.get('id') or 'unknown')[:12]}{changed}; {machine['threads']} thread(s), "
+        f"Python {machine.get('python_version', '?')}, torch {machine['torch']}. Backends: "
         + "; ".join(f"{name} ({detail})" for name, detail in machine.get("backends", {}).items())
         + ".",
         "",
-        "Times are medians in µs; in brackets how many times ours the alternative takes, both timed in turn in blocks of "
-        "calls. Every result was compared with float64 first; *in italics* what does another job, for scale. *Copy*: "
-        "the share of the bytes per second that `copy_` of as many bytes reaches. *Host*: what is spent around the "
+        "Times are medians in µs; in brackets how many times ours the alternative takes, both timed in turn in blocks "
+        "of calls. Every result was compared with float64 first; *in italics* what does another job, for scale. "
+        "*Copy*: the share of the bytes per second that `copy_` of as many bytes reaches. *Host*: what is spent around the "
         "kernel. *Memory*: the most that PyTorch's allocator gave out during a call beyond its inputs (scratch that a "
         "compiled kernel or NumPy takes by itself is not seen); – is not measured.",
         "",
@@ -140,12 +140,11 @@ def _op_tables(rows: Sequence[Row]) -> list[str]:
         body = []
         for group, found in _by(members, lambda row: row["group"]).items():
             at = {row["peer"]: row for row in found}
-            graphs = [row["graph_ours_us"] for row in found if "graph_ours_us" in row]
+            graph = _value(found, "graph_ours_us")
             body.append(
                 [
                     f"`{group}`",
-                    number(median(row["ours_us"] for row in found))
-                    + (f" ({number(min(graphs))} in a graph)" if graphs else ""),
+                    _first(found, "ours_us") + (f" ({number(graph)} in a graph)" if graph else ""),
                     _first(found, "gb_per_s"),
                     _share(found),
                     _first(found, "host_us"),
@@ -167,7 +166,7 @@ def _against(row: Row | None) -> str:
         return "–"
     text = f"{number(row['peer_us'])} ({number(row['ratio'])}×)"
     memory = f", {_size(row['peer_peak_bytes'])}" if row.get("peer_peak_bytes") else ""
-    return f"{text}{memory}" if row.get("same_result", True) else f"*{text}*"
+    return f"{text}{memory}" if row.get("same_result", True) else f"*{text}{memory}*"
 
 
 def _floors(rows: Sequence[Row]) -> list[str]:
@@ -208,8 +207,8 @@ def _sampling(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]
     note = (
-        "`FDivSampler` against an eager loop written as EluCD and guided-diffusion do it, with the same networks; given "
-        "the same noise, both make the same images to 2e-5."
+        "`FDivSampler` against an eager loop written as EluCD and guided-diffusion do it, with the same networks; "
+        "given the same noise, both make the same images to 2e-5."
     )
     return [note, "", *table(["", "eager loop, ms a step", "ours, ms a step", "gain"], body)]
 
@@ -264,8 +263,8 @@ def _growth(rows: Sequence[Row]) -> list[str]:
             ]
         )
     note = (
-        "The power of the work that the time grows with, where it grows steepest: 1 is as the work does, or as a copy's "
-        "time where larger sizes leave the caches."
+        "The power of the work that the time grows with, where it grows steepest: 1 is as the work does, or as a "
+        "copy's time where larger sizes leave the caches."
     )
     return [note, "", *table(["", "sizes", "ours, µs", "power"], body)]
 
@@ -288,7 +287,7 @@ def _size(count: int | None) -> str:
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{number(count / size)} {unit}"
-    return f"{count} B"
+    return f"{count:.0f} B"
 
 
 def _value(rows: Sequence[Row], key: str) -> Any:

@@ -17,8 +17,8 @@ from calguide_fast.ops.noise import sampling_noise
 from calguide_fast.ops.top_label import top_label
 from calguide_fast.schedule import Schedule
 
-# The time may grow by this power of what the work has grown by, or a copy's time, as larger sizes leave the caches; once
-# it is so many times that of the smallest size
+# the time may grow by this power of what the work has grown by, or a copy's time, as larger sizes leave the caches;
+# looked at once it is so many times that of the smallest size
 MOST, FIXED_COST = 1.2, 3.0
 
 

@@ -27,14 +27,14 @@ class Networks(NamedTuple):
     scale: float
 
 
-# images of the demo's: enough of them to fill the machine, and so few that what is around the networks shows
-DIGITS = {"digits": 64, "few digits": 2}
+# images of the demo's, and steps: enough of them to fill the machine, and so few that what is around the networks shows
+DIGITS = {"digits": (64, 5), "few digits": (2, 20)}
 
 
 @functools.cache
 def networks(name: str, device: torch.device) -> Networks:
     if name in DIGITS:
-        found = Networks(load_unet(), load_guide(softplus_beta=3.0), DIGITS[name], 5, 0.4)
+        found = Networks(load_unet(), load_guide(softplus_beta=3.0), *DIGITS[name], 0.4)
     else:
         # ADM's ImageNet-64 model, narrower and shallower; as nothing is trained, the pictures show nothing
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_against_an_eager_loop(compare, device, backend, name: str, divergence: 
     )
     assert (without.images - images).abs().max() > 0.02
     group = f"{title(name, of)}, {'EluCD' if divergence == 'none' else 'JS'}"
-    compare(group, "eager loop", loop, mine, (), in_torch=False, table="sampling", per_step=1 / of.steps)
+    compare(group, "eager loop", loop, mine, (), waits=True, table="sampling", per_step=1 / of.steps)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -160,7 +160,7 @@ def test_options(compare, device, backend, not_measured, name: str, option: str)
         plain,
         changed,
         (),
-        in_torch=False,
+        waits=True,
         table="options",
         difference=difference,
         # other images, of less work

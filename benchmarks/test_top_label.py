@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ PEERS = ["eager", "torch.compile"]
 LEAST_OF_GUIDANCE = 1 / 1.2
 
 
+@functools.cache
 def sample(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Logits of an overconfident classifier, and labels."""
     generator = torch.Generator().manual_seed(0)
@@ -46,10 +48,25 @@ def peers_function(peer: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
     return composed if peer == "eager" else torch.compile(composed, fullgraph=True, dynamic=False)
 
 
-def reference(logits: Tensor, labels: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What the reference finds, float64."""
+def confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    return top_label(logits, labels)[0]
+
+
+def mean_confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    return top_label(logits, labels)[0].mean()
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> Tensor:
+    return smooth_ece_from_logits(logits, labels).value
+
+
+# the largest takes seconds
+@functools.cache
+def reference(shape: tuple[int, int], function: Callable[[Tensor, Tensor], Tensor], gradient: bool = False) -> Tensor:
+    """What the reference finds, float64: the function's value, or its gradient in the logits."""
+    logits, labels = sample(shape)
     with use_backend("reference"):
-        return function(logits.double(), labels).detach()
+        return (pulled(function) if gradient else function)(logits.double(), labels)
 
 
 def pulled(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -79,7 +96,7 @@ def test_top_label(compare, device, backend, shape: tuple[int, int], peer: str) 
         other,
         top_label,
         (logits, labels),
-        expected=(reference(logits, labels, lambda logits, labels: top_label(logits, labels)[0]),),
+        expected=(reference(shape, confidence).to(device),),
         same_result=peer != "guidance",
         floor=LEAST_OF_GUIDANCE if peer == "guidance" and device.type == "cpu" else None,
         size=logits.numel(),
@@ -93,14 +110,13 @@ def test_top_label(compare, device, backend, shape: tuple[int, int], peer: str) 
 def test_top_label_and_its_gradient(compare, device, backend, shape: tuple[int, int], peer: str) -> None:
     logits, labels = (tensor.to(device) for tensor in sample(shape))
     function = peers_function(peer)
-    ours = pulled(lambda logits, labels: top_label(logits, labels)[0].mean())
     compare(
         f"top_label {shape[0]}x{shape[1]}, gradient",
         peer,
         pulled(lambda logits, labels: function(logits, labels)[0].mean()),
-        ours,
+        pulled(mean_confidence),
         (logits, labels),
-        expected=reference(logits, labels, ours),
+        expected=reference(shape, mean_confidence, gradient=True).to(device),
         atol=1e-6,
         size=logits.numel(),
         traffic=3 * logits.nbytes,
@@ -116,22 +132,16 @@ def test_smooth_ece_from_logits(compare, device, backend, shape: tuple[int, int]
     def other(logits: Tensor, labels: Tensor) -> Tensor:
         return smooth_ece(*composed(logits, labels)).value
 
-    def ours(logits: Tensor, labels: Tensor) -> Tensor:
-        return smooth_ece_from_logits(logits, labels).value
-
-    if gradient:
-        other, ours = pulled(other), pulled(ours)
     compare(
         f"smooth_ece_from_logits {shape[0]}x{shape[1]}{', gradient' * gradient}",
         peer,
-        other,
-        ours,
+        pulled(other) if gradient else other,
+        pulled(calibration_error) if gradient else calibration_error,
         (logits, labels),
-        expected=reference(logits, labels, ours),
+        expected=reference(shape, calibration_error, gradient).to(device),
         rtol=1e-3,
         atol=1e-6,
         size=logits.numel(),
         traffic=(3 if gradient else 1) * logits.nbytes,
-        host=shape == SHAPES[0] and not gradient,
-        in_torch=False,
+        waits=True,
     )

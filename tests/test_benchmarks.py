@@ -1,0 +1,157 @@
+"""The benchmarks' own tools: their clocks as far as they can be tried without a GPU, and the page of a saved run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from calguide_fast import guidance_gradient
+from calguide_fast.backends import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_the_kernel_alone_is_what_the_op_calls():
+    from timing import kernel_alone
+
+    logits, labels = torch.randn(3, 7), torch.tensor([0, 1, 2])
+    before = cpu._kernels.native
+    out = torch.empty_like(logits)
+    with kernel_alone(lambda f, y: guidance_gradient(f, y, out=out), (logits, labels)) as kernel:
+        expected = out.clone()
+        out.zero_()
+        kernel()
+    assert torch.equal(out, expected) and cpu._kernels.native is before
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    from timing import peak_memory
+
+    x = torch.randn(1000)
+    # the first of three intermediates is gone before the third is there
+    assert peak_memory(lambda x: x.exp().exp().exp(), (x,), x.device) == 2 * x.nbytes
+    assert peak_memory(lambda x: x.exp_(), (x,), x.device) == 0
+
+
+def test_times_are_of_one_call_and_in_turn():
+    from timing import BLOCKS, HostClock, interleaved
+
+    order: list[str] = []
+    clock = HostClock()
+    times = interleaved(clock, [lambda: order.append("a"), lambda: order.append("b")], [[()], [()]], 0.002)
+    assert all(0 < time < 1e-3 for time in times)
+    changes = sum(one != other for one, other in zip(order, order[1:]))
+    # each one's first calls, then the blocks
+    assert changes == 2 * BLOCKS + 1
+
+
+def test_a_gpus_inputs_pass_its_cache_in_turn(monkeypatch):
+    from timing import DeviceClock
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def synchronize(self):
+            seen.append("wait")
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    seen: list = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=4096))
+    clock = DeviceClock()
+    x = torch.zeros(1024)
+    copies = clock.copies((x, None))
+    # twice the cache, and one in use, without the original
+    assert len(copies) == 4 and len({each[0].data_ptr() for each in copies} | {x.data_ptr()}) == 5
+    assert clock.block(lambda x, _: seen.append(x.data_ptr()), copies, 6) == pytest.approx(1e-3)
+    pointers = [each[0].data_ptr() for each in copies]
+    assert seen == ["event", *pointers, *pointers[:2], "event", "wait"], "nothing waits in between"
+
+
+def saved_run() -> dict:
+    common = {"device": "cpu", "threads": 1, "torch": "2.13.0", "same_result": True, "floor": None, "ceiling": None}
+    speed = {"bytes": 2**19, "gb_per_s": 12.5, "copy_gb_per_s": 50.0, "share_of_copy": 0.25, "host_us": 6.25}
+    memory = {"peak_bytes": 257_280, "peer_peak_bytes": 1_280_000}
+    row = common | speed | memory | {"peer": "eager", "peer_us": 400.0, "ours_us": 40.0, "ratio": 10.0, "floor": 15.0}
+    parts = {"model": 700.0, "guidance_gradient": 50.0, "guided_step": 50.0}
+    groups = {
+        "guidance js 64x1000": row,
+        "guidance js 8x10": row | {"peer": "torch.softmax", "same_result": False, "floor": None, "peak_bytes": None},
+        "sampling digits, EluCD": row | {"table": "sampling", "per_step": 0.5, "floor": None},
+        "sampling digits, bf16": row
+        | {"table": "options", "per_step": 0.5, "difference": 0.01, "changes_work": False, "floor": None},
+        "sampling digits, parts": {
+            "table": "parts", "step_us": 1000.0, "eager_step_us": 1250.0, "parts_us": parts, "share_of_ours": 0.1,
+        },
+        "growth guidance": {
+            "table": "growth", "sizes": [1, 10], "work": [1, 10], "us": [5.0, 60.0], "exponent": 1.5, "ceiling": 1.2,
+        },
+    }  # fmt: skip
+    return {
+        "machine_info": {
+            "node": "a-name-of-a-host",
+            "cpu": {"brand_raw": "Some CPU @ 2 GHz"},
+            "python_version": "3.11.7",
+            "device": "CPU",
+            "threads": 1,
+            "torch": "2.13.0",
+            "backends": {"cpu": "C++, AVX2 (v3)"},
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False, "branch": "a-branch", "project": "a-folder"},
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "not_measured": ["Liger-Kernel needs a GPU"],
+        "benchmarks": [
+            {"group": group, "extra_info": info, "stats": {"median": math.pi, "data": [1.0] * 100}}
+            for group, info in groups.items()
+        ],
+    }
+
+
+def test_the_page_of_a_saved_run(tmp_path):
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(saved_run()))
+    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(run), "--out", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
+    name = "some-cpu-2-ghz-1-threads"
+    page = (tmp_path / "out" / f"{name}.md").read_text()
+    for line in (
+        "2026-01-02, commit 0123456789ab; 1 thread(s), Python 3.11.7, torch 2.13.0. Backends: cpu (C++, AVX2 (v3)).",
+        "- Liger-Kernel needs a GPU",
+        "|  | ours | GB/s | copy | host | memory | eager | torch.softmax |",
+        "| `guidance js 64x1000` | 40 | 12.5 | 25% | 6.25 | 257 kB | 400 (10×), 1.28 MB | – |",
+        "| `guidance js 8x10` | 40 | 12.5 | 25% | 6.25 | – | – | *400 (10×), 1.28 MB* |",
+        "0 of 1 ratios that were aimed at were reached.",
+        "| `guidance js 64x1000` | eager | 10× | ≥ 15× |",
+        "| digits, EluCD | 0.2 | 0.02 | 10.00× |",
+        "| digits, bf16 | 0.2 | 0.02 | 10.00× | 0.01 |",
+        "| digits | 0.7 | 0.05 | 0.05 | 0.2 | 1 | 1.25 | 10.0% |",
+        "| guidance | 1 … 10 | 5 … 60 | 1.50 (too steep) |",
+    ):
+        assert line in page.splitlines(), line
+    for chart in ("ratios", "roofline", "parts", "growth"):
+        picture = tmp_path / "out" / f"{name}-{chart}.png"
+        assert f"({picture.name})" in page and picture.read_bytes().startswith(b"\x89PNG")
+    kept = (tmp_path / "out" / f"{name}.json").read_text()
+    assert not any(word in kept for word in ("a-name-of-a-host", "a-branch", "a-folder", "data", "stats"))
+    # what is kept can be reported again
+    again = [*command[:2], str(tmp_path / "out" / f"{name}.json"), "--out", str(tmp_path / "again")]
+    subprocess.run(again, check=True, capture_output=True)
+    assert (tmp_path / "again" / f"{name}.md").read_text() == page
