@@ -54,16 +54,16 @@ CALGUIDE_INLINE bool is_found(const FixpointSearch& search, double sigma, double
 }
 
 // the sigma to look at after this one
-CALGUIDE_INLINE double next_bandwidth(FixpointSearch& search, double sigma, double value, double slope) {
-  ++search.step;
+CALGUIDE_INLINE double next_bandwidth(FixpointSearch* search, double sigma, double value, double slope) {
+  ++search->step;
   const double below = value < sigma ? value : sigma, above = value < sigma ? sigma : value;
-  search.low = below > search.low ? below : search.low;
-  search.high = above < search.high ? above : search.high;
+  search->low = below > search->low ? below : search->low;
+  search->high = above < search->high ? above : search->high;
   const double newton = sigma + (value - sigma) / (1.0 - slope);
   // small bandwidths are dear, and Newton's first step overshoots to them
   double next = newton > 0.25 * sigma ? newton : 0.25 * sigma;
-  if (next < search.low) next = search.low == least_bandwidth ? search.low : 0.5 * (search.low + search.high);
-  if (next > search.high) next = 0.5 * (search.low + search.high);
+  if (next < search->low) next = search->low == least_bandwidth ? search->low : 0.5 * (search->low + search->high);
+  if (next > search->high) next = 0.5 * (search->low + search->high);
   return next;
 }
 
@@ -106,12 +106,20 @@ CALGUIDE_INLINE double sin_pi(double t) {
   return sin_pi_small(nearer);
 }
 
+// sin(pi k t) for whole k, from the exact product
+CALGUIDE_INLINE double sin_pi_multiple(double k, double t) {
+  // less an even number, in [-1, 1]
+  const double turn = fma(k, t, -2.0 * rint(0.5 * k * t));
+  const double magnitude = sin_pi(fabs(turn));
+  return turn < 0.0 ? -magnitude : magnitude;
+}
+
 // Shares of the four nodes around a bin, at -3/2, -1/2, 1/2 and 3/2 from its centre in bins, in a sample at offset d
 // from the centre, by cubic interpolation: the coefficients of d^0 .. d^3, each for the four nodes.
-constexpr double share_coefficients[4][4] = {{-1.0 / 16.0, 9.0 / 16.0, 9.0 / 16.0, -1.0 / 16.0},
-                                             {1.0 / 24.0, -9.0 / 8.0, 9.0 / 8.0, -1.0 / 24.0},
-                                             {1.0 / 4.0, -1.0 / 4.0, -1.0 / 4.0, 1.0 / 4.0},
-                                             {-1.0 / 6.0, 1.0 / 2.0, -1.0 / 2.0, 1.0 / 6.0}};
+CALGUIDE_TABLE double share_coefficients[4][4] = {{-1.0 / 16.0, 9.0 / 16.0, 9.0 / 16.0, -1.0 / 16.0},
+                                                  {1.0 / 24.0, -9.0 / 8.0, 9.0 / 8.0, -1.0 / 24.0},
+                                                  {1.0 / 4.0, -1.0 / 4.0, -1.0 / 4.0, 1.0 / 4.0},
+                                                  {-1.0 / 6.0, 1.0 / 2.0, -1.0 / 2.0, 1.0 / 6.0}};
 
 // cubic[0..3]: coefficients of the cubic on [0, 1] with given values and slopes at its ends
 CALGUIDE_INLINE void hermite(double left, double left_slope, double right, double right_slope, double* cubic) {

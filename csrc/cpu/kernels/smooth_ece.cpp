@@ -256,7 +256,7 @@ class Residuals {
         return {0.0, 0.0};
       }
       if (is_found(search, sigma, at.value)) return at;
-      sigma = next_bandwidth(search, sigma, at.value, at.slope);
+      sigma = next_bandwidth(&search, sigma, at.value, at.slope);
     }
   }
 
