@@ -54,7 +54,7 @@ def _smooth_ece(
     weights = None if weights is None else weights.contiguous()
     stats = confidence.new_empty(2)
     grad = confidence.new_empty(len(confidence) if with_gradient else 0)
-    scratch = confidence.new_empty(_cuda.smooth_ece_scratch, dtype=torch.uint8)
+    scratch = confidence.new_empty(_cuda.smooth_ece_scratch, dtype=torch.float64)
     _cuda.smooth_ece(
         _kernels.place(confidence),
         confidence.data_ptr(),

@@ -165,8 +165,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
   module.def("smooth_ece", &smooth_ece);
-  // bytes that every call of smooth_ece needs to itself
-  module.attr("smooth_ece_scratch") = sizeof(SmoothEceScratch);
+  // doubles that every call of smooth_ece needs to itself
+  module.attr("smooth_ece_scratch") = sizeof(SmoothEceScratch) / sizeof(double);
   module.def("unavailable", &unavailable);
   module.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
 }

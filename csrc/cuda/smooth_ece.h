@@ -11,11 +11,12 @@ class Place;
 // Residuals are deposited in so many bins whatever the bandwidth: 16 per sigma at the least one.
 constexpr int deposit_bins = 1 << 14;
 // Moments are sums over the nodes in two stages, first down the columns of a table of so many columns and rows.
-constexpr int moment_columns = 128, moment_rows = deposit_bins / moment_columns;
+constexpr int moment_columns = 256, moment_rows = deposit_bins / moment_columns;
 // The sum of all shares' sizes is at most 1.25 of the total weight; in these units it stays below 2^62.
 constexpr double deposit_unit = 0x1p-61;
 constexpr int weight_parts = 256;
-constexpr int most_intervals = 8000, most_cells = 24000;
+constexpr int most_intervals = static_cast<int>(points_per_sigma / least_bandwidth + 0.5);
+constexpr int most_cells = static_cast<int>(cells_per_sigma / least_bandwidth + 0.5);
 
 struct CurveNode {
   double value, slope;  // of S, the slope by the number of cells
@@ -38,7 +39,7 @@ struct SmoothEceScratch {
   CurveNode curve[most_cells + 1];
 };
 
-// Five launches on the place's stream, two more with a gradient. The scratch memory begins on a boundary of sixteen
+// Four launches on the place's stream, two more with a gradient. The scratch memory begins on a boundary of sixteen
 // bytes. What is not allowed makes the results NaN. Throws what CUDA says.
 void launch_smooth_ece(const SmoothEceArguments& arguments, SmoothEceScratch* scratch, const Place& place);
 

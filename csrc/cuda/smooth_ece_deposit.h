@@ -12,8 +12,6 @@ using DepositBlock = BlockGroup<1024>;
 
 // The grid's own table.
 struct GlobalTable {
-  static constexpr bool is_shared = false;
-
   unsigned long long* nodes;
 
   CALGUIDE_MEMBER void clear() const {}
@@ -26,7 +24,6 @@ struct GlobalTable {
 // A block's own table in shared memory, which has no addition of 64 bits: two of 32, the first of which tells its
 // carry.
 struct SharedTable {
-  static constexpr bool is_shared = true;
   static constexpr size_t bytes = 2 * sizeof(unsigned) * (deposit_bins + 1);
 
   unsigned long long* nodes;

@@ -19,9 +19,11 @@ CALGUIDE_DEVICE Complex wave(int64_t index) {
   return {cos_pi(t), upper ? sin_pi(t) : -sin_pi(t)};
 }
 
-// sum * z + next, a step of Horner's scheme
-CALGUIDE_DEVICE Complex horner(const Complex& sum, const Complex& z, const Complex& next) {
-  return {sum.re * z.re - sum.im * z.im + next.re, sum.re * z.im + sum.im * z.re + next.im};
+// sum z + (re, im), a step of Horner's scheme
+CALGUIDE_DEVICE void horner(Complex& sum, const Complex& z, double re, double im) {
+  const double real = sum.re * z.re - sum.im * z.im + re;
+  sum.im = sum.re * z.im + sum.im * z.re + im;
+  sum.re = real;
 }
 
 // Row q of the table of waves by block q, a column by each thread.
@@ -32,7 +34,7 @@ __global__ void __launch_bounds__(moment_columns) column_waves_kernel(SmoothEceS
   // the last node begins a row of its own
   for (int row = column == 0 ? moment_rows : moment_rows - 1; row >= 0; --row) {
     const auto node = static_cast<int64_t>(scratch->nodes[row * moment_columns + column]);
-    sum = horner(sum, z, {static_cast<double>(node), 0.0});
+    horner(sum, z, static_cast<double>(node), 0.0);
   }
   scratch->waves[q][column][0] = sum.re;
   scratch->waves[q][column][1] = sum.im;
@@ -47,7 +49,7 @@ CALGUIDE_DEVICE double cosine_moment(const SmoothEceScratch* scratch, int k) {
   const Complex z = wave(static_cast<int64_t>(k) * warp_size), first = wave(static_cast<int64_t>(k) * lane);
   Complex sum = {0.0, 0.0};
   for (int column = moment_columns - warp_size + lane; column >= 0; column -= warp_size) {
-    sum = horner(sum, z, {row[column][0], conjugate ? -row[column][1] : row[column][1]});
+    horner(sum, z, row[column][0], conjugate ? -row[column][1] : row[column][1]);
   }
   double moment[1] = {sum.re * first.re - sum.im * first.im};
   warp_sum(moment);
@@ -171,7 +173,7 @@ struct Residuals {
     const auto each_change = [&](const auto& body) {
       for (int s = begin, before = signed_ones.before; s < end; ++s) {
         if (!(fabs(value[s]) > rounding)) continue;
-        if (before >= 0 && value[s] > 0.0 != value[before] > 0.0) body(before, s);
+        if (before >= 0 && (value[s] > 0.0) != (value[before] > 0.0)) body(before, s);
         before = s;
       }
     };

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 from emulation.backend import load_backend
-from emulation.cases import CASES, bits, results, wrong
+from emulation.cases import CASES, bits, expected_results, results, wrong
 
 SEEDS = range(1, 5)
 SECONDS = 20
@@ -57,6 +57,8 @@ if __name__ == "__main__":
     library = Path(sys.argv[1])
     backend = load_backend(library)
     mutant = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "calguide_mutant")
+    for name in CASES:
+        expected_results(name)
     verdicts = []
     for mutant.value in range(int(sys.argv[2])):
         verdicts.append(verdict_of_child(backend))
