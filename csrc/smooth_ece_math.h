@@ -78,7 +78,9 @@ CALGUIDE_INLINE bool dips(double left, double middle, double right, double step,
 // Newton's next place after one at which a function that rises (rise > 0) or falls through 0 has this value and slope;
 // the bounds close by halves where it leads out of them.
 CALGUIDE_INLINE double next_place(double* low, double* high, double place, double rise, double value, double slope) {
-  *(value * rise > 0.0 ? high : low) = place;
+  const bool above = value * rise > 0.0;
+  *high = above ? place : *high;
+  *low = above ? *low : place;
   const double next = place - value / slope;
   return next >= *low && next <= *high ? next : 0.5 * (*low + *high);
 }

@@ -219,7 +219,7 @@ struct Residuals {
 };
 
 // The fixpoint, or where a bandwidth is given the integral there; leaves the gradient's series and scale.
-__global__ void __launch_bounds__(SearchBlock::size)
+__global__ void __launch_bounds__(SearchBlock::size, 1)
     search_kernel(double bandwidth, SmoothEceScratch* scratch, void* stats, bool wide) {
   CALGUIDE_SHARED(double, sums, SearchBlock::scratch_length);
   CALGUIDE_DYNAMIC_SHARED(double, series);
