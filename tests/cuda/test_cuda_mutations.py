@@ -86,8 +86,16 @@ MUTATIONS = {
         ";",
     ),
     "a carry lost": ("smooth_ece_deposit.h", "(«before + added < before» ? 1u : 0u)", "false"),
-    "a node beyond 0 dropped": ("smooth_ece_deposit.h", "bin > 0 ? bin - 1 : «1»", "0"),
-    "a node beyond 1 dropped": ("smooth_ece_deposit.h", "? bin + 2 : «deposit_bins - 1»}", "deposit_bins"),
+    "a node beyond 0 dropped": (
+        "smooth_ece_deposit.h",
+        "if («sums[node] != 0») table.add",
+        "sums[node] != 0 && (node > 0 || bin > 0)",
+    ),
+    "a node beyond 1 dropped": (
+        "smooth_ece_deposit.h",
+        "if («sums[node] != 0») table.add",
+        "sums[node] != 0 && (node < 3 || bin + 2 <= deposit_bins)",
+    ),
     "a thread's last samples forgotten": (
         "smooth_ece_deposit.h",
         "  }\n  «run.finish();»\n  if (!allowed)",
