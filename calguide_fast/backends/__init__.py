@@ -34,7 +34,7 @@ _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.
 _SPECS = {
     "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"}), frozenset({"smooth_ece"})),
     "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
-    "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
+    "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"}), frozenset({"smooth_ece"})),
     "reference": _Spec(None, None, frozenset()),
 }
 

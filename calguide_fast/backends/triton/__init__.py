@@ -10,10 +10,11 @@ import triton
 
 from calguide_fast.backends.triton.guidance import guidance_gradient
 from calguide_fast.backends.triton.noise import philox_normal
+from calguide_fast.backends.triton.smooth_ece import smooth_ece
 from calguide_fast.backends.triton.step import guided_step, predict_x0
 from calguide_fast.backends.triton.tilt import tilt_weights
 
-__all__ = ["describe", "guidance_gradient", "guided_step", "philox_normal", "predict_x0", "tilt_weights"]
+__all__ = ["describe", "guidance_gradient", "guided_step", "philox_normal", "predict_x0", "smooth_ece", "tilt_weights"]
 
 
 def describe() -> str:
