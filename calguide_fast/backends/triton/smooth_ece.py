@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
-from calguide_fast.backends.triton.cosine_series import cosine_sums
+from calguide_fast.backends.triton.cosine_series import LANES, cosine_sums
 from calguide_fast.backends.triton.launch import as_double, device_of, doubles
 from calguide_fast.backends.triton.smooth_ece_search import (
     MOST_TERMS, SEARCH_SCRATCH, SERIES, intervals_of, least_bandwidth, search_kernel, terms_of,
@@ -23,7 +23,7 @@ from calguide_fast.backends.triton.smooth_ece_search import (
 BINS = tl.constexpr(16384)
 # Each program has the moments of one part of the nodes, few enough that recurrences over them stay exact; the nodes
 # 0 .. BINS are filled up to whole parts.
-PART = tl.constexpr(256)
+PART = tl.constexpr(2048)
 PARTS = tl.constexpr(BINS.value // PART.value + 1)
 NODES = tl.constexpr(PARTS.value * PART.value)
 # tables of nodes, among which programs are spread: a saturated classifier has most samples in one bin
@@ -34,11 +34,18 @@ _MOST_CELLS = int(CELLS.value / LEAST_BANDWIDTH)
 
 # programs that sum the weights
 TOTALS = tl.constexpr(128)
-# places at which a program looks at a cosine series at a time; tests raise it, as the interpreter takes long for a tile
+# Places at which a program looks at a cosine series at a time, and nodes that it takes side by side. Tests raise them:
+# the interpreter takes about as long for a large tile as for a small one.
 PLACES = 256
+NODE_LANES = LANES.value
+# samples at a time in a pass over them, and where they are shared out: there one a thread, or what a thread has of loads
+# and of atomic sums would not be the same, and go through shared memory
 SAMPLES = 512
+SHARED_OUT = 128
 # programs that share out the samples, at least this many tiles each
-_PROGRAMS, _TILES = 528, 4
+_PROGRAMS, _TILES = 2112, 8
+
+FUSED = {"enable_fp_fusion": True}
 
 # offsets into scratch memory, in float64 numbers: the total weight, the moments' unit, R's mean, the bandwidth, the
 # gradient's factor; then whole arrays
@@ -76,24 +83,22 @@ def _total_and_scale(totals, count, programs):
 
 
 @triton.jit
-def _share(amount, d, c0, c1, c2, c3):
-    """A node's share of an amount at offset d from its bin's centre, as an integer."""
+def _shares(amount, d, node):
+    """The four nodes' shares of an amount at offset d from its bin's centre, by cubic interpolation, as integers.
+
+    Their coefficients of d^0 .. d^3 are `share_coefficients` of `csrc/smooth_ece_math.h`.
+    """
+    outer, side = ((node == 0) | (node == 3)).to(tl.float64), (1 - node // 2 * 2).to(tl.float64)
+    c0, c1 = 9.0 / 16.0 - 5.0 / 8.0 * outer, (7.0 / 6.0 * outer - 9.0 / 8.0) * side
+    c2, c3 = 1.0 / 2.0 * outer - 1.0 / 4.0, (1.0 / 2.0 - 2.0 / 3.0 * outer) * side
     return (amount * (((c3 * d + c2) * d + c1) * d + c0)).to(tl.int64)
 
 
 @triton.jit
-def _add_to(table, node, share, mask):
-    # cosines are even about 0 and 1, and so a node beyond is the one before
-    beyond = tl.abs(tl.abs(node) - BINS)
-    tl.atomic_add(table + BINS - beyond, share, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _flush(table, bins, s0, s1, s2, s3, mask):
-    _add_to(table, bins - 1, s0, mask)
-    _add_to(table, bins, s1, mask)
-    _add_to(table, bins + 1, s2, mask)
-    _add_to(table, bins + 2, s3, mask)
+def _flush(table, bins, node, shares, mask):
+    """Adds the shares to the nodes about their bins; cosines are even about 0 and 1: a node beyond is the one before."""
+    beyond = tl.abs(tl.abs(bins + node - 1) - BINS)
+    tl.atomic_add(table + BINS - beyond, shares, mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count", "tiles", "weighers"])
@@ -107,13 +112,14 @@ def _deposit_kernel(
         tl.store(numbers, total)
         tl.store(numbers + 1, 1.0 / (scale * total))
     table = sums + 2 + (tl.program_id(0) % TABLES) * NODES
+    node = tl.arange(0, 4)[:, None]
     # each lane keeps the four sums of a bin as long as its samples stay there
-    bins = tl.full([SAMPLES], -1, tl.int32)
-    s0 = tl.zeros([SAMPLES], tl.int64)
-    s1, s2, s3, mean = s0, s0, s0, s0
-    spoilt = tl.zeros([SAMPLES], tl.int32)
+    bins = tl.full([1, SAMPLES], -1, tl.int32)
+    shares = tl.zeros([4, SAMPLES], tl.int64)
+    mean = tl.zeros([1, SAMPLES], tl.int64)
+    spoilt = tl.zeros([1, SAMPLES], tl.int32)
     for tile in range(0, tiles):
-        i = (tl.program_id(0) * tiles + tile) * SAMPLES + tl.arange(0, SAMPLES)
+        i = (tl.program_id(0) * tiles + tile) * SAMPLES + tl.arange(0, SAMPLES)[None, :]
         f = tl.load(confidence + i, mask=i < count, other=0.0).to(tl.float64)
         amount = f - tl.load(correct + i, mask=i < count, other=0).to(tl.float64)
         if weights is not None:
@@ -123,24 +129,20 @@ def _deposit_kernel(
         amount = tl.where(allowed, amount * scale, 0.0)
         position = tl.where(allowed, f, 0.0) * BINS
         here = tl.minimum(position.to(tl.int32), BINS - 1)
-        d = position - here.to(tl.float64) - 0.5
         moved = (here != bins) & (i < count)
-        _flush(table, bins, s0, s1, s2, s3, moved & (bins >= 0))
+        _flush(table, bins, node, shares, moved & (bins >= 0))
         bins = tl.where(moved, here, bins)
-        s0 = tl.where(moved, 0, s0) + _share(amount, d, -1.0 / 16.0, 1.0 / 24.0, 1.0 / 4.0, -1.0 / 6.0)
-        s1 = tl.where(moved, 0, s1) + _share(amount, d, 9.0 / 16.0, -9.0 / 8.0, -1.0 / 4.0, 1.0 / 2.0)
-        s2 = tl.where(moved, 0, s2) + _share(amount, d, 9.0 / 16.0, 9.0 / 8.0, -1.0 / 4.0, -1.0 / 2.0)
-        s3 = tl.where(moved, 0, s3) + _share(amount, d, -1.0 / 16.0, -1.0 / 24.0, 1.0 / 4.0, 1.0 / 6.0)
+        shares = tl.where(moved, 0, shares) + _shares(amount, position - here.to(tl.float64) - 0.5, node)
         mean += amount.to(tl.int64)
-    _flush(table, bins, s0, s1, s2, s3, bins >= 0)
-    tl.atomic_add(sums + 1, tl.sum(mean, 0), sem="relaxed")
-    if tl.max(spoilt, 0) > 0:
+    _flush(table, bins, node, shares, bins >= 0)
+    tl.atomic_add(sums + 1, tl.sum(tl.sum(mean, 1), 0), sem="relaxed")
+    if tl.max(tl.max(spoilt, 1), 0) > 0:
         # which is 1 whichever program stores it
         tl.store(sums, 1)
 
 
 @triton.jit(do_not_specialize=["bandwidth"])
-def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: tl.constexpr):
+def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: tl.constexpr, LANES: tl.constexpr):
     """Cosine moments of one part of the nodes, as far as the search may need them: [PARTS, MOST_TERMS]."""
     mean = tl.load(sums + 1).to(tl.float64) * tl.load(numbers + 1)
     terms = terms_of(least_bandwidth(as_double(bandwidth), mean))
@@ -155,7 +157,7 @@ def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: 
         tl.store(nodes + node, residual.to(tl.float64) * tl.load(numbers + 1))
         tl.debug_barrier()
         # a sum over nodes at places j / BINS is one over terms j at the place k / BINS
-        moment, _ = cosine_sums(nodes + first, first, PART, k.to(tl.float64) * (1.0 / BINS), False)
+        moment, _ = cosine_sums(nodes + first, first, PART, k.to(tl.float64) * (1.0 / BINS), False, LANES)
         tl.store(moments + tl.program_id(0) * MOST_TERMS + k, moment, mask=k < terms)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(numbers + 2, mean)
@@ -169,7 +171,7 @@ def _curve_kernel(numbers, series, curve, PLACES: tl.constexpr):
     g = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     if tl.program_id(0) * PLACES <= cells:
         width = 1.0 / cells.to(tl.float64)
-        value, slope = cosine_sums(series, 0, terms_of(sigma), g.to(tl.float64) * width, True)
+        value, slope = cosine_sums(series, 0, terms_of(sigma), g.to(tl.float64) * width, True, LANES)
         tl.store(curve + 2 * g, value, mask=g <= cells)
         tl.store(curve + 2 * g + 1, slope * width, mask=g <= cells)
 
@@ -208,27 +210,26 @@ def smooth_ece(
     scratch = torch.empty(_SCRATCH, dtype=torch.float64, device=confidence.device)
     numbers, nodes, moments = scratch[_NUMBERS:], scratch[_NODES:], scratch[_MOMENTS:]
     curve, search, totals = scratch[_CURVE:], scratch[_SEARCH:], None
-    all_tiles = triton.cdiv(count, SAMPLES)
-    weighers, tiles = 0, max(_TILES, triton.cdiv(all_tiles, _PROGRAMS))
+    tiles, deposits, weighers = triton.cdiv(count, SAMPLES), triton.cdiv(count, SHARED_OUT), 0
+    each = min(deposits, max(_TILES, triton.cdiv(deposits, _PROGRAMS)))
     (sigma,) = doubles(bandwidth)
+    many = {"num_warps": 8, **FUSED}
     with device_of(confidence):
         if weights is not None:
             weights, totals = weights.contiguous(), scratch[_TOTALS:]
-            each = triton.cdiv(all_tiles, TOTALS.value)
-            weighers = triton.cdiv(all_tiles, each)
-            _weigh_kernel[(weighers,)](weights, totals, count, each, SAMPLES=SAMPLES)
-        _deposit_kernel[(triton.cdiv(all_tiles, tiles),)](
-            confidence, correct, weights, totals, numbers, sums, count, tiles, weighers, SAMPLES=SAMPLES
+            weighed = triton.cdiv(tiles, TOTALS.value)
+            weighers = triton.cdiv(tiles, weighed)
+            _weigh_kernel[(weighers,)](weights, totals, count, weighed, SAMPLES=SAMPLES, **FUSED)
+        _deposit_kernel[(triton.cdiv(deposits, each),)](
+            confidence, correct, weights, totals, numbers, sums, count, each, weighers, SAMPLES=SHARED_OUT, **FUSED
         )
         grid = (PARTS.value, triton.cdiv(MOST_TERMS.value, PLACES))
-        _moments_kernel[grid](sums, numbers, nodes, moments, sigma, PLACES=PLACES, num_warps=8)
-        search_kernel[(1,)](
-            sums, numbers, moments, search, stats, sigma, PARTS=PARTS.value, PLACES=PLACES, num_warps=8
-        )
+        _moments_kernel[grid](sums, numbers, nodes, moments, sigma, PLACES=PLACES, LANES=NODE_LANES, **many)
+        search_kernel[(1,)](sums, numbers, moments, search, stats, sigma, PARTS=PARTS.value, PLACES=PLACES, **many)
         if with_gradient:
             series = search[SERIES.value :]
-            _curve_kernel[(triton.cdiv(_MOST_CELLS + 1, PLACES),)](numbers, series, curve, PLACES=PLACES, num_warps=8)
-            _gradient_kernel[(all_tiles,)](
-                confidence, correct, weights, numbers, curve, grad, count, SAMPLES=SAMPLES
+            _curve_kernel[(triton.cdiv(_MOST_CELLS + 1, PLACES),)](numbers, series, curve, PLACES=PLACES, **many)
+            _gradient_kernel[(tiles,)](
+                confidence, correct, weights, numbers, curve, grad, count, SAMPLES=SAMPLES, **FUSED
             )
     return stats, grad

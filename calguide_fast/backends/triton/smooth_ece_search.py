@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
-from calguide_fast.backends.triton.cosine_series import LANES, PI, TERMS, cosine_sums, sin_pi
+from calguide_fast.backends.triton.cosine_series import LANES, PI, TERMS, cosine_sums, wave
 from calguide_fast.backends.triton.launch import as_double
 
 FLOOR = tl.constexpr(LEAST_BANDWIDTH)
@@ -92,7 +92,7 @@ def _look(scratch, sigma, terms, PLACES: tl.constexpr):
     largest = tl.full([], 0.0, tl.float64)
     for first in range(0, intervals + 1, PLACES):
         g = first + tl.arange(0, PLACES)
-        value, _ = cosine_sums(series, 0, terms, g.to(tl.float64) * width, False)
+        value, _ = cosine_sums(series, 0, terms, g.to(tl.float64) * width, False, LANES)
         tl.store(scratch + _GRID + g, value, mask=g <= intervals)
         largest = tl.maximum(largest, tl.max(tl.where(g <= intervals, tl.abs(value), 0.0), 0))
     tl.debug_barrier()
@@ -110,7 +110,7 @@ def _look(scratch, sigma, terms, PLACES: tl.constexpr):
         vertex = (g.to(tl.float64) + shift) * width
         lowest = middle
         if tl.max(dips.to(tl.int32), 0) > 0:
-            lowest, _ = cosine_sums(series, 0, terms, vertex, False)
+            lowest, _ = cosine_sums(series, 0, terms, vertex, False, LANES)
         on_grid = (tl.abs(middle) > largest * ROUNDING).to(tl.int32)
         at_vertex = (dips & (tl.abs(lowest) > largest * ROUNDING)).to(tl.int32)
         both = on_grid + at_vertex
@@ -161,7 +161,7 @@ def _polish(scratch, roots, terms, PLACES: tl.constexpr):
         rise = tl.load(scratch + _RISE + j, mask=there, other=0.0)
         step = 0
         while step < 20:
-            value, slope = cosine_sums(scratch + SERIES, 0, terms, place, True)
+            value, slope = cosine_sums(scratch + SERIES, 0, terms, place, True, LANES)
             above = value * rise > 0.0
             high, low = tl.where(above, place, high), tl.where(above, low, place)
             newton = place - value / tl.where(slope == 0.0, 1.0, slope)
@@ -189,9 +189,9 @@ def _integrate(scratch, sigma, terms, samples, roots, PLACES: tl.constexpr):
             j = start + tl.arange(0, LANES)[:, None]
             place = tl.load(scratch + _ROOT + j, mask=j < roots, other=0.0)
             rise = tl.load(scratch + _RISE + j, mask=j < roots, other=0.0)
-            wave = sin_pi(k.to(tl.float64)[None, :] * place)
+            _, sine = wave(k.to(tl.float64)[None, :] * place)
             # over its frequency, a wave's limit at k = 0 is the place
-            moment += tl.sum(rise * tl.where(k[None, :] == 0, place, wave), 0)
+            moment += tl.sum(rise * tl.where(k[None, :] == 0, place, sine), 0)
         sine = tl.where(k == 0, last_sign, 0.0) - moment / tl.where(k == 0, 1.0, frequency)
         term = sine * tl.load(scratch + SERIES + k, mask=k < terms, other=0.0)
         value += tl.sum(term, 0)
