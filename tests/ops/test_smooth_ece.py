@@ -20,9 +20,18 @@ Sample = tuple[NDArray, NDArray, NDArray]  # confidences, outcomes, weights
 FLOOR = 1e-3
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=pytest.mark.full), "reference"])
 def served(request):
-    """The backends that have the op; the others leave it to the reference."""
+    """The backends that have the op, Triton by interpretation: a second or so for each measurement."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def checked(request):
+    """The backends that look at the values of a CPU's tensors."""
     with use_backend(request.param):
         yield request.param
 
@@ -406,13 +415,13 @@ HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
         ((HALF, RIGHT > 0, None, torch.zeros(3)), ValueError, r"weights are all 0 \(3 of them\)"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, error, message, served):
+def test_wrong_arguments_are_named(arguments, error, message, checked):
     with pytest.raises(error, match=message):
         smooth_ece(*arguments)
 
 
 @pytest.mark.parametrize("index", [0, 127, 4999])
-def test_a_wrong_value_among_many_is_found(index, served):
+def test_a_wrong_value_among_many_is_found(index, checked):
     f, y = sample(5000)
     f[index] = math.nan
     with pytest.raises(ValueError, match=rf"confidence\[{index}\]=nan"):

@@ -16,7 +16,7 @@ from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
 from calguide_fast.backends.triton.cosine_series import LANES, cosine_sums
 from calguide_fast.backends.triton.launch import as_double, device_of, doubles
 from calguide_fast.backends.triton.smooth_ece_search import (
-    MOST_TERMS, SEARCH_SCRATCH, SERIES, intervals_of, least_bandwidth, search_kernel, terms_of,
+    MOST_TERMS, SEARCH_SCRATCH, SERIES, all_allowed, intervals_of, least_bandwidth, search_kernel, terms_of,
 )  # fmt: skip
 
 # 16 bins per sigma at the least bandwidth: cubic interpolation is then right to 1e-9
@@ -147,7 +147,7 @@ def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: 
     mean = tl.load(sums + 1).to(tl.float64) * tl.load(numbers + 1)
     terms = terms_of(least_bandwidth(as_double(bandwidth), mean))
     k = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
-    if tl.program_id(1) * PLACES < terms:
+    if (tl.program_id(1) * PLACES < terms) & all_allowed(sums, numbers):
         first = tl.program_id(0) * PART
         node = first + tl.arange(0, PART)
         residual = tl.zeros([PART], tl.int64)

@@ -65,6 +65,13 @@ def least_bandwidth(bandwidth, mean):
 
 
 @triton.jit
+def all_allowed(spoilt, numbers):
+    """Whether no sample is spoilt and the weights have a total."""
+    total = tl.load(numbers)
+    return (tl.load(spoilt) == 0) & (total > 0.0) & (total < float("inf"))
+
+
+@triton.jit
 def _damping(sigma, k):
     """exp(-sigma^2 pi^2 k^2 / 2), twice for k > 0."""
     frequency = k.to(tl.float64) * sigma * PI
@@ -211,11 +218,11 @@ def search_kernel(
     mean, the bandwidth of S and the factor of the gradient.
     """
     bandwidth = as_double(bandwidth)
-    total, mean = tl.load(numbers), tl.load(numbers + 2)
+    allowed = all_allowed(spoilt, numbers)
     # a bare constant would be float32 next to another, or in a choice
     floor = tl.full([], FLOOR, tl.float64)
-    allowed = (tl.load(spoilt) == 0) & (total > 0.0) & (total < float("inf"))
-    low = least_bandwidth(bandwidth, mean)
+    # what is not allowed has no series to speak of
+    low = tl.where(allowed, least_bandwidth(bandwidth, tl.load(numbers + 2)), 1.0)
     for first in range(0, terms_of(low), PLACES):
         k = first + tl.arange(0, PLACES)
         moment = tl.zeros([PLACES], tl.float64)
@@ -254,6 +261,6 @@ def search_kernel(
     at_fixpoint = (bandwidth == 0.0) & (sigma > floor) & ~cancelled
     nan = tl.where(allowed, 0.0, float("nan"))
     tl.store(numbers + 3, sigma)
-    tl.store(numbers + 4, nan + 1.0 / (total * tl.where(at_fixpoint, 1.0 - slope, 1.0)))
+    tl.store(numbers + 4, nan + 1.0 / (tl.load(numbers) * tl.where(at_fixpoint, 1.0 - slope, 1.0)))
     tl.store(stats, (nan + value).to(stats.dtype.element_ty))
     tl.store(stats + 1, (nan + tl.where(cancelled, floor, sigma)).to(stats.dtype.element_ty))
