@@ -22,7 +22,7 @@ from calguide_fast.backends import triton as backend
 from calguide_fast.schedule import Schedule
 
 ROW = Schedule.linear().respaced("25").coefficients()[12]
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 class AbsentDevice:
@@ -69,9 +69,9 @@ def x0(dtype, last, batch=3):
     backend.predict_x0(x_t, torch.zeros(batch, 6, 32, 32, dtype=dtype), ROW, True, out)
 
 
-def smooth_ece(kernel, dtype=F32, weighted=False, batch=3):
+def smooth_ece(kernel, weighted=False, batch=3):
     """Launches them all; the one named is looked at."""
-    confidence = torch.zeros(batch, dtype=dtype)
+    confidence = torch.zeros(batch)
     backend.smooth_ece(confidence, confidence > 0.5, confidence if weighted else None, 0.0, True)
     return kernel
 
@@ -99,12 +99,12 @@ CASES = {
     "noise": (lambda batch=3: backend.philox_normal(torch.arange(batch), (3, 32, 32), 5, 0), (), {}),
     "weigh": (smooth_ece, ("_weigh_kernel",), {"weighted": True}),
     "deposit": (smooth_ece, ("_deposit_kernel",), {}),
-    "deposit weighted": (smooth_ece, ("_deposit_kernel", F64), {"weighted": True}),
+    "deposit weighted": (smooth_ece, ("_deposit_kernel",), {"weighted": True}),
     "moments": (smooth_ece, ("_moments_kernel",), {}),
     "search": (smooth_ece, ("search_kernel",), {}),
     "curve": (smooth_ece, ("_curve_kernel",), {}),
     "gradient": (smooth_ece, ("_gradient_kernel",), {}),
-    "gradient weighted": (smooth_ece, ("_gradient_kernel", F64), {"weighted": True}),
+    "gradient weighted": (smooth_ece, ("_gradient_kernel",), {"weighted": True}),
 }
 
 
@@ -128,6 +128,7 @@ def main(capability: int, result: Path) -> None:
 
     JITFunction.run = compile_only
     found = {}
+
     def called(call, arguments, options):
         """The kernel that a case names, or the only one that it launches."""
         compiled.clear()

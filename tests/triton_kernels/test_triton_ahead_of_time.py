@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 # Registers of a thread: a multiprocessor takes three programs of 128 threads with 160. Float64 terms take two registers
 # a number.
 REGISTERS = {"guidance": 160, "step": 84, "x0": 48, "tilt": 48, "noise": 48}
-# of the smooth ECE, whose numbers are all float64: two programs of 256 threads with 128, and the one that searches has a
+# of the smooth ECE, whose numbers are all float64: two programs of 256 threads with 128; the one that searches has a
 # multiprocessor to itself
 REGISTERS |= {"weigh": 48, "deposit": 48, "moments": 128, "search": 255, "curve": 128, "gradient": 48}
 IN_DOUBLE = ("guidance chi2", "guidance neyman_chi2", "guidance alpha")

@@ -256,7 +256,8 @@ def test_residuals_that_cancel_do_so_exactly(backend):
 
 
 @pytest.mark.parametrize(
-    ("confidence", "weight"), [(math.nan, None), (-1e-9, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0), (0.5, 0.0)]
+    ("confidence", "weight"),
+    [(math.nan, None), (-1e-9, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0), (0.5, 0.0)],
 )
 def test_smooth_ece_of_what_is_not_allowed_is_nan(confidence, weight, backend):
     f, y = torch.tensor([confidence, 0.5], dtype=F64), torch.tensor([True, False])

@@ -16,8 +16,15 @@ from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
 from calguide_fast.backends.triton.cosine_series import LANES, cosine_sums
 from calguide_fast.backends.triton.launch import as_double, device_of, doubles
 from calguide_fast.backends.triton.smooth_ece_search import (
-    MOST_TERMS, SEARCH_SCRATCH, SERIES, all_allowed, intervals_of, least_bandwidth, search_kernel, terms_of,
-)  # fmt: skip
+    MOST_TERMS,
+    SEARCH_SCRATCH,
+    SERIES,
+    all_allowed,
+    intervals_of,
+    least_bandwidth,
+    search_kernel,
+    terms_of,
+)
 
 # 16 bins per sigma at the least bandwidth: cubic interpolation is then right to 1e-9
 BINS = tl.constexpr(16384)
@@ -38,8 +45,8 @@ TOTALS = tl.constexpr(128)
 # the interpreter takes about as long for a large tile as for a small one.
 PLACES = 256
 NODE_LANES = LANES.value
-# samples at a time in a pass over them, and where they are shared out: there one a thread, or what a thread has of loads
-# and of atomic sums would not be the same, and go through shared memory
+# Samples at a time in a pass over them, and where they are shared out: there it is one a thread, or else what a thread
+# loads and what it adds to memory would not be of the same samples, and pass through shared memory.
 SAMPLES = 512
 SHARED_OUT = 128
 # programs that share out the samples, at least this many tiles each
@@ -96,7 +103,8 @@ def _shares(amount, d, node):
 
 @triton.jit
 def _flush(table, bins, node, shares, mask):
-    """Adds the shares to the nodes about their bins; cosines are even about 0 and 1: a node beyond is the one before."""
+    """Adds the shares to the nodes about their bins."""
+    # cosines are even about 0 and 1, and so a node beyond is the one before
     beyond = tl.abs(tl.abs(bins + node - 1) - BINS)
     tl.atomic_add(table + BINS - beyond, shares, mask=mask, sem="relaxed")
 
