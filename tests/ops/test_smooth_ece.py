@@ -30,6 +30,13 @@ def served(request):
 
 
 @pytest.fixture(params=["cpu", "reference"])
+def served_quickly(request):
+    """Those with which hundreds of measurements take no minutes."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", "reference"])
 def checked(request):
     """The backends that look at the values of a CPU's tensors."""
     with use_backend(request.param):
@@ -210,7 +217,7 @@ def test_narrow_confidences(dtype, served):
 
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
 @pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
-def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
+def test_gradient_is_that_of_finite_differences(name, bandwidth, served_quickly):
     f, y, w = tensors(name)
     f = f.clamp(1e-4, 1 - 1e-4)
     leaf = f.clone().requires_grad_()
@@ -223,7 +230,7 @@ def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
 
 
 @pytest.mark.parametrize("bandwidth", [None, 0.1])
-def test_gradcheck(bandwidth, served):
+def test_gradcheck(bandwidth, served_quickly):
     f, y = sample(12)
     assert torch.autograd.gradcheck(lambda f: smooth_ece(f, y, bandwidth).value, (f.requires_grad_(),))
 
@@ -347,7 +354,7 @@ def test_result_does_not_depend_on_threads(two_threads):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_gradient_descent_calibrates(served):
+def test_gradient_descent_calibrates(served_quickly):
     """Confidences 0.3 too high are brought to the frequency by temperature alone."""
     margin = 2 * torch.rand(2000) + 0.5
     y = torch.rand(2000) < torch.sigmoid(margin)
@@ -380,7 +387,7 @@ def test_from_logits_classwise_is_the_mean(served):
 
 
 @pytest.mark.parametrize("classwise", [False, True])
-def test_from_logits_gradcheck(classwise, served):
+def test_from_logits_gradcheck(classwise, served_quickly):
     logits, labels = torch.randn(8, 3, dtype=torch.float64, requires_grad=True), torch.randint(3, (8,))
     assert torch.autograd.gradcheck(
         lambda logits: smooth_ece_from_logits(logits, labels, classwise=classwise).value, (logits,)

@@ -256,11 +256,18 @@ def test_residuals_that_cancel_do_so_exactly(backend):
 
 
 @pytest.mark.parametrize(
-    ("confidence", "weight"),
-    [(math.nan, None), (-1e-9, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0), (0.5, 0.0)],
+    ("confidence", "weights"),
+    [
+        (math.nan, None),
+        (-1e-9, [1.0, 1.0]),
+        (0.5, [math.inf, 1.0]),
+        (0.5, [math.nan, 1.0]),
+        (0.5, [-1.0, 2.0]),
+        (0.5, [0.0, 0.0]),
+    ],
 )
-def test_smooth_ece_of_what_is_not_allowed_is_nan(confidence, weight, backend):
+def test_smooth_ece_of_what_is_not_allowed_is_nan(confidence, weights, backend):
     f, y = torch.tensor([confidence, 0.5], dtype=F64), torch.tensor([True, False])
-    w = None if weight is None else torch.tensor([weight, 0.0], dtype=F64)
+    w = None if weights is None else torch.tensor(weights, dtype=F64)
     stats, grad = backend.smooth_ece(f, y, w, 0.0, True)
     assert stats.isnan().all() and grad.shape == (2,) and grad.isnan().all()
