@@ -2,7 +2,7 @@
 
 The method is that of `csrc/cpu/kernels/smooth_ece.cpp` with bins for any number of samples, which share their residuals
 out to nodes by cubic interpolation. The shares are summed as integers, of which 2^61 stand for about the total weight:
-whatever the order, the sum is the same, so that the bits of the result do not depend on it.
+the sums, and so the bits of the result, are the same in whatever order the programs run.
 """
 
 from __future__ import annotations
