@@ -247,7 +247,7 @@ def test_gradient_scales_and_bandwidth_is_detached(served):
         assert not smooth_ece(leaf, y).value.requires_grad
 
 
-def test_func_transforms(served):
+def test_func_transforms(served_quickly):
     f, y = sample(60)
     f, y = f.view(3, 20), y.view(3, 20)
 
