@@ -247,13 +247,6 @@ def test_score_has_its_gradient(kernels):
     assert torch.equal(grad, guidance_gradient(logits.detach(), labels, "forward_kl").grad)
 
 
-@pytest.fixture(params=["cuda"])
-def calibration_kernels(request) -> Iterator[str]:
-    """Those that have the smooth ECE; the others leave it to the reference, which waits."""
-    with use_backend(request.param):
-        yield request.param
-
-
 def outcomes(kind: str, count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     confidence = torch.rand(count, dtype=torch.float64)
     correct = torch.rand(count, dtype=torch.float64) < (confidence**1.5 if kind == "off" else confidence)
@@ -271,7 +264,7 @@ def value_and_gradient(confidence, correct, bandwidth=None, weights=None) -> lis
 @pytest.mark.parametrize("bandwidth", [None, 0.001, 0.01, 0.1, 3.0])
 @pytest.mark.parametrize("count", [1, 2, 700, 70_001])
 @pytest.mark.parametrize("kind", ["off", "calibrated", "sure"])
-def test_smooth_ece_is_the_references(kind, count, bandwidth, calibration_kernels):
+def test_smooth_ece_is_the_references(kind, count, bandwidth, kernels):
     for weighted in (False, True):
         confidence, correct = outcomes(kind, count)
         weights = torch.rand(count, dtype=torch.float64, device="cuda") if weighted else None
@@ -287,7 +280,7 @@ def test_smooth_ece_is_the_references(kind, count, bandwidth, calibration_kernel
             assert_near((got[2] / size).cpu(), (wanted[2] / size).cpu().double(), 1e-5)
 
 
-def test_smooth_ece_does_not_wait_and_ignores_the_order(calibration_kernels):
+def test_smooth_ece_does_not_wait_and_ignores_the_order(kernels):
     confidence, correct = outcomes("sure", 200_000, torch.float32)
     order = torch.randperm(len(confidence), device="cuda")
     first = value_and_gradient(confidence, correct)
@@ -299,7 +292,7 @@ def test_smooth_ece_does_not_wait_and_ignores_the_order(calibration_kernels):
 
 
 @pytest.mark.parametrize("spoilt", [-1e-6, 1.001, math.nan])
-def test_smooth_ece_of_what_is_not_allowed_is_nan(spoilt, calibration_kernels):
+def test_smooth_ece_of_what_is_not_allowed_is_nan(spoilt, kernels):
     for count in (3, 70_001):
         confidence, correct = outcomes("off", count)
         confidence[count // 2] = spoilt
@@ -308,7 +301,7 @@ def test_smooth_ece_of_what_is_not_allowed_is_nan(spoilt, calibration_kernels):
         assert all(part.isnan().all() for part in found)
 
 
-def test_a_cuda_graph_records_the_smooth_ece(calibration_kernels):
+def test_a_cuda_graph_records_the_smooth_ece(kernels):
     held, correct = outcomes("off", 70_001, torch.float32)
     ops = torch.ops.calguide_fast
     ops.smooth_ece(held, correct, None, 0.0, True)

@@ -21,11 +21,20 @@ Sample = tuple[NDArray, NDArray, NDArray]  # confidences, outcomes, weights
 FLOOR = 1e-3
 
 
-@pytest.fixture(params=["cpu", "cuda", "reference"])
+@pytest.fixture(params=["cpu", "cuda", pytest.param("triton", marks=pytest.mark.full), "reference"])
 def served(request, monkeypatch):
-    """The backends that have the op, CUDA by emulation; the others leave it to the reference."""
+    """The backends: CUDA by emulation, Triton by interpretation, where each measurement takes a second or so."""
     if request.param == "cuda":
         serve_cpu_tensors(monkeypatch)
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def served_quickly(request):
+    """Those with which hundreds of measurements take no minutes."""
     with use_backend(request.param):
         yield request.param
 
@@ -235,7 +244,7 @@ def test_narrow_confidences(dtype, served):
 
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
 @pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
-def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
+def test_gradient_is_that_of_finite_differences(name, bandwidth, served_quickly):
     f, y, w = tensors(name)
     f = f.clamp(1e-4, 1 - 1e-4)
     leaf = f.clone().requires_grad_()
@@ -248,7 +257,7 @@ def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
 
 
 @pytest.mark.parametrize("bandwidth", [None, 0.1])
-def test_gradcheck(bandwidth, served):
+def test_gradcheck(bandwidth, served_quickly):
     f, y = sample(12)
     assert torch.autograd.gradcheck(lambda f: smooth_ece(f, y, bandwidth).value, (f.requires_grad_(),))
 
@@ -265,7 +274,7 @@ def test_gradient_scales_and_bandwidth_is_detached(served):
         assert not smooth_ece(leaf, y).value.requires_grad
 
 
-def test_func_transforms(served):
+def test_func_transforms(served_quickly):
     f, y = sample(60)
     f, y = f.view(3, 20), y.view(3, 20)
 
@@ -372,7 +381,7 @@ def test_result_does_not_depend_on_threads(two_threads):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_gradient_descent_calibrates(served):
+def test_gradient_descent_calibrates(served_quickly):
     """Confidences 0.3 too high are brought to the frequency by temperature alone."""
     margin = 2 * torch.rand(2000) + 0.5
     y = torch.rand(2000) < torch.sigmoid(margin)
@@ -406,7 +415,7 @@ def test_from_logits_classwise_is_the_mean(served):
 
 
 @pytest.mark.parametrize("classwise", [False, True])
-def test_from_logits_gradcheck(classwise, served):
+def test_from_logits_gradcheck(classwise, served_quickly):
     logits, labels = torch.randn(8, 3, dtype=torch.float64, requires_grad=True), torch.randint(3, (8,))
     assert torch.autograd.gradcheck(
         lambda logits: smooth_ece_from_logits(logits, labels, classwise=classwise).value, (logits,)
