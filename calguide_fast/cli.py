@@ -1,4 +1,4 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo | reliability | calibrate``."""
+"""The command line: ``calguide-fast doctor | demo | train-demo | reliability | calibrate | evaluate``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import calguide_fast
 from calguide_fast.calibration.commands import METHODS, report_calibration, report_reliability
 from calguide_fast.calibration.files import ACCEPTED
+from calguide_fast.evaluation.commands import add_options as add_evaluate_options
+from calguide_fast.evaluation.commands import report_evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("file", type=Path, metavar="FILE", help="an .npz or .csv file of predictions; see below")
         command.add_argument("--out", type=Path, metavar="PNG", help="write the reliability diagram (needs matplotlib)")
         command.add_argument("--json", type=Path, metavar="JSON", help="write the figures there, and not to the screen")
+
+    evaluate = commands.add_parser("evaluate", help="FID, precision, recall and more of samples in a file or a folder")
+    add_evaluate_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -97,6 +103,10 @@ def _reliability(options: argparse.Namespace) -> int:
 
 def _calibrate(options: argparse.Namespace) -> int:
     return _report(lambda: report_calibration(options.file, options.method, options.test, options.out), options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    return _report(lambda: report_evaluation(options), options)
 
 
 def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) -> int:

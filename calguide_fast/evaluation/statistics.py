@@ -38,6 +38,11 @@ class StreamingStatistics:
         self._mean: Tensor | None = None  # [D]
         self._scatter: Tensor | None = None  # [D, D], the sum of centred outer products
 
+    @property
+    def width(self) -> int:
+        """D, or 0 before the first batch."""
+        return 0 if self._mean is None else len(self._mean)
+
     def update(self, features: ArrayLike) -> StreamingStatistics:
         """Take in a batch (B, D), on the device where it is; returns itself.
 
