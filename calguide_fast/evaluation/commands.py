@@ -42,8 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
-        default="adm",
-        help="how Inception sees images: as in guided-diffusion's evaluator, or as in pytorch-fid (%(default)s)",
+        help="how Inception sees images: as in guided-diffusion's evaluator, or as in pytorch-fid (adm)",
     )
     parser.add_argument(
         "--metrics", default=",".join(METRICS), metavar="NAMES", help="separated by commas (%(default)s)"

@@ -57,7 +57,7 @@ def evaluate(
     *,
     inception: str | Path | None = None,
     features: Extractor | str | None = None,
-    protocol: str = "adm",
+    protocol: str | None = None,
     metrics: Sequence[str] = METRICS,
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -78,7 +78,7 @@ def evaluate(
         inception: Inception's weights, see :class:`Inception`.
         features: instead of Inception, any callable (B, C, H, W) uint8 → (B, D) or ImageFeatures, called on `device`
             without gradients, or its name, "module:function".
-        protocol: "adm" or "pytorch-fid", how Inception sees images.
+        protocol: "adm" or "pytorch-fid", how Inception sees images; "adm" if None.
         metrics: names out of :data:`METRICS`.
         batch_size: images that the network sees together.
         device: where the network and the distances run; a GPU if None and there is one.
@@ -103,7 +103,7 @@ def evaluate(
     wanted = [name for name in METRICS if name in metrics and name not in left_out]
     _check_not_empty(wanted, left_out)
     _check_counts(wanted, images, against)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _checked_device(device)
     extractor = _extractor(inception, features, protocol, device)
 
     fake = Measured(images, extractor, wanted, batch_size, device, "samples" if progress else None)
@@ -133,6 +133,17 @@ def evaluate(
     )
 
 
+def _checked_device(device: torch.device | str | None) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    try:
+        found = torch.device(device or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is no device of PyTorch's: {error}") from None
+    if found.type == "cuda" and not has_cuda:
+        raise ValueError(f"device={str(device)!r}, but PyTorch finds no GPU here")
+    return found
+
+
 def _missing_of_reference(metric: str, against: Reference) -> str | None:
     if metric == "is" or against.images is not None or against.statistics(metric) is not None:
         return None
@@ -160,10 +171,14 @@ def _check_counts(metrics: Sequence[str], images: Images, against: Reference) ->
 
 
 def _extractor(
-    inception: str | Path | None, features: Extractor | str | None, protocol: str, device: torch.device
+    inception: str | Path | None, features: Extractor | str | None, protocol: str | None, device: torch.device
 ) -> Extractor:
     if features is not None and inception is not None:
         raise ValueError(f"give either inception={str(inception)!r} or features={features!r}, not both")
+    if features is not None and protocol is not None:
+        raise ValueError(
+            f"protocol={protocol!r} is how Inception sees images; features={features!r} see them as they are"
+        )
     if features is not None:
         return import_extractor(features) if isinstance(features, str) else features
     if inception is None:
@@ -171,7 +186,7 @@ def _extractor(
             f"a network is needed: inception (--inception PATH), the weights published at {PUBLISHED_AT}, or features "
             "(--features module:function), your own"
         )
-    return Inception(inception, protocol, device)
+    return Inception(inception, protocol or "adm", device)
 
 
 def _doubts_of(extractor: Extractor) -> list[str]:

@@ -95,7 +95,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     squares = a.square().sum(1)[:, None] + b.square().sum(1)[None, :]
     distances = torch.addmm(squares, a, b.T, alpha=-2)
     # what rounding leaves of the distance between equal points counts as zero
-    return torch.where(distances > 1e-13 * squares, distances, torch.zeros_like(distances))
+    return distances.masked_fill_(distances <= squares.mul_(1e-13), 0)
 
 
 def _squared_radii(samples: Tensor, k: int, block: int) -> Tensor:
@@ -107,10 +107,14 @@ def _squared_radii(samples: Tensor, k: int, block: int) -> Tensor:
             distances = _squared_distances(samples[rows], samples[columns])
             if rows == columns:
                 distances.fill_diagonal_(torch.inf)  # a sample is not its own neighbour
-            candidates = torch.cat([nearest, distances], 1)
-            nearest = candidates.topk(min(k, candidates.shape[1]), dim=1, largest=False, sorted=False).values
+            nearest = _smallest(torch.cat([nearest, _smallest(distances, k)], 1), k)
         radii.append(nearest.amax(1))
     return torch.cat(radii)
+
+
+def _smallest(values: Tensor, k: int) -> Tensor:
+    """The k smallest of each row, or all."""
+    return values.topk(min(k, values.shape[1]), dim=1, largest=False, sorted=False).values
 
 
 def _share(inside: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,17 +50,15 @@ class StreamingStatistics:
         Raises ValueError for another shape, another width than before, or values that are not finite.
         """
         batch = as_features(features, "features", at_least=1, device=None)
-        mean = batch.mean(0)
-        centred = batch - mean
-        scatter = centred.T @ centred
         if self._mean is None or self._scatter is None:
-            self.count, self._mean, self._scatter = len(batch), mean, scatter
-            return self
+            self._mean, self._scatter = batch.new_zeros(batch.shape[1]), batch.new_zeros(batch.shape[1], batch.shape[1])
         check_same_width(batch, self._mean, "a batch of features", "the batch before")
-        step = mean - self._mean
         total = self.count + len(batch)
-        self._scatter += scatter
-        self._scatter.addr_(step, step, alpha=self.count * len(batch) / total)
+        mean = batch.mean(0)
+        step = mean - self._mean
+        # the means' own scatter is one more row of the product
+        rows = torch.cat([batch - mean, math.sqrt(self.count * len(batch) / total) * step[None]])
+        self._scatter.addmm_(rows.T, rows)
         self._mean += step * (len(batch) / total)
         self.count = total
         return self

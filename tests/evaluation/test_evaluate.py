@@ -21,6 +21,7 @@ from calguide_fast.evaluation import (
     inception_score,
     precision_recall,
 )
+from calguide_fast.samples import Samples
 
 SAMPLES = np.random.RandomState(0).randint(0, 200, (70, 6, 5, 3), dtype=np.uint8)
 REFERENCE = np.random.RandomState(1).randint(20, 256, (50, 6, 5, 3), dtype=np.uint8)
@@ -134,7 +135,9 @@ def test_few_images_are_doubted_or_refused():
         ({"metrics": ["fid", "kid"]}, ValueError, "metrics='fid,kid' must be some of fid, sfid, is"),
         ({"metrics": []}, ValueError, "metrics='' must be some of"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"device": "abacus"}, ValueError, "device='abacus' is no device"),
         ({"inception": "a.pth"}, ValueError, "give either inception='a.pth' or features="),
+        ({"protocol": "adm"}, ValueError, "protocol='adm' is how Inception sees images"),
         ({"features": "small_extractors"}, ValueError, "must be of the form module:function"),
         ({"features": "small_extractors:nothing"}, ValueError, "small_extractors has no function 'nothing'"),
         ({"features": "small_extractors:not_callable"}, ValueError, "has no function 'not_callable'"),
@@ -155,6 +158,27 @@ def test_unusable_references_are_named(tmp_path):
     np.savez(tmp_path / "b.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(ValueError, match="fid: a sample has 12 features and the reference has 7"):
         evaluate(SAMPLES, tmp_path / "b.npz", features=small_extractors.pooled, progress=False)
+
+
+def test_what_the_sampler_saves_is_what_is_measured(tmp_path):
+    images = torch.rand(20, 1, 8, 8) * 2 - 1
+    samples = Samples(images, torch.zeros(20, dtype=torch.int64), torch.arange(20), batch_size=20)
+    settings = {"features": small_extractors.pooled, "metrics": ["fid", "recall"], "device": "cpu", "progress": False}
+    found = evaluate(samples.save_npz(tmp_path), REFERENCE[..., :1], **settings)
+    assert found.samples == 20
+    assert found.metrics == evaluate(samples.to_uint8(), REFERENCE[..., :1], **settings).metrics
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(files):
+    found = evaluate(*files, features=small_extractors.complete, device="cuda", progress=False)
+    assert found.metrics == pytest.approx(EXPECTED, rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_a_gpu_that_is_not_there_is_missed():
+    with pytest.raises(ValueError, match="device='cuda:0', but PyTorch finds no GPU"):
+        evaluate(SAMPLES, REFERENCE, features=small_extractors.pooled, device="cuda:0")
 
 
 def test_the_command(files, tmp_path, capsys):
