@@ -1,4 +1,4 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo | reliability | calibrate | evaluate``."""
+"""The command line: ``calguide-fast doctor | demo | train-demo | sample | reliability | calibrate | evaluate``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import calguide_fast
-from calguide_fast.calibration.commands import METHODS, report_calibration, report_reliability
-from calguide_fast.calibration.files import ACCEPTED
+from calguide_fast.calibration.commands import METHODS, report_calibration, report_noise_levels, report_reliability
+from calguide_fast.calibration.sources import EPILOG, Source, add_source_options
 from calguide_fast.evaluation.commands import add_options as add_evaluate_options
 from calguide_fast.evaluation.commands import report_evaluation
+from calguide_fast.generation.commands import run_sample
+from calguide_fast.generation.options import add_options as add_sample_options
+
+Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,29 +47,34 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=None, help="folder for the checkpoints (the package's own assets)")
     train.set_defaults(run=_train_demo)
 
+    sample = commands.add_parser("sample", help="sample many images, on many GPUs or machines, and resume")
+    add_sample_options(sample)
+    sample.set_defaults(run=_sample)
+
     reliability = commands.add_parser(
         "reliability",
-        help="smooth ECE, accuracy and confidence of predictions in a file, and their diagram",
-        description="Measure the calibration of predictions in a file.",
-        epilog=f"The file holds {ACCEPTED}",
+        help="smooth ECE, accuracy and confidence of a file's or a classifier's predictions, and their diagram",
+        description="Measure the calibration of predictions in a file, or of a classifier on labelled images.",
+        epilog=EPILOG,
     )
     reliability.add_argument(
-        "--bandwidth", type=float, help="sigma of the smooth ECE, if not the one that equals its value"
+        "--bandwidth", type=float, metavar="SIGMA", help="sigma of the smooth ECE, if not the one that equals its value"
     )
     reliability.set_defaults(run=_reliability)
     calibrate = commands.add_parser(
         "calibrate",
-        help="fit temperature or vector scaling to logits in a file",
-        description="Fit a scaling to logits in a file, and measure calibration before and after.",
-        epilog=f"The file holds {ACCEPTED} Confidences alone are not enough here.",
+        help="fit temperature or vector scaling to a file's or a classifier's logits",
+        description="Fit a scaling to logits in a file, or of a classifier on labelled images, and measure calibration "
+        "before and after.",
+        epilog=f"{EPILOG} Confidences alone are not enough here.",
     )
     calibrate.add_argument("--method", choices=METHODS, default="temperature", help="(%(default)s)")
     calibrate.add_argument(
-        "--test", type=Path, metavar="FILE", help="measure and draw these predictions, too, not fitted"
+        "--test", type=Path, metavar="FILE|DATA", help="measure and draw these, too, which are not fitted"
     )
     calibrate.set_defaults(run=_calibrate)
     for command in (reliability, calibrate):
-        command.add_argument("file", type=Path, metavar="FILE", help="an .npz or .csv file of predictions; see below")
+        add_source_options(command)
         command.add_argument("--out", type=Path, metavar="PNG", help="write the reliability diagram (needs matplotlib)")
         command.add_argument("--json", type=Path, metavar="JSON", help="write the figures there, and not to the screen")
 
@@ -97,12 +106,27 @@ def _train_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sample(options: argparse.Namespace) -> int:
+    return _in_one_line(lambda: run_sample(options))
+
+
 def _reliability(options: argparse.Namespace) -> int:
-    return _report(lambda: report_reliability(options.file, options.out, options.bandwidth), options)
+    def measure() -> dict[str, Any]:
+        source = Source(options)
+        if source.noised:
+            return report_noise_levels(source.classified(), source.schedule, options.out, options.bandwidth)
+        return report_reliability(source.predictions(), options.out, options.bandwidth)
+
+    return _report(measure, options)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    return _report(lambda: report_calibration(options.file, options.method, options.test, options.out), options)
+    def measure() -> dict[str, Any]:
+        source = Source(options)
+        test = None if options.test is None else source.predictions(options.test)
+        return report_calibration(source.predictions(), options.method, test, options.out)
+
+    return _report(measure, options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -110,11 +134,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) -> int:
-    """Show or write what was measured; an unusable file or setting is one line, not a traceback."""
-    try:
-        figures = measure()
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        raise SystemExit(f"calguide-fast: {error}") from None
+    """Show or write what was measured."""
+    figures = _in_one_line(measure)
     text = json.dumps(figures, indent=2)
     if options.json is None:
         print(text)
@@ -122,6 +143,14 @@ def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def _in_one_line(work: Callable[[], Result]) -> Result:
+    """What `work` returns; an unusable file or setting is one line, not a traceback."""
+    try:
+        return work()
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        raise SystemExit(f"calguide-fast: {error}") from None
 
 
 def _need_demo_extra() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from calguide_fast.guidance import Guidance
+from calguide_fast.networks import dtype_of, layout_of
 from calguide_fast.ops.step import predict_x0
 from calguide_fast.ops.tilt import tilt_weights
-from calguide_fast.sampler import _dtype_of, _layout_of
 from calguide_fast.schedule import Schedule
 
 
@@ -124,7 +124,7 @@ class CondFn:
             return torch.zeros_like(x, dtype=torch.float32)
         if self.classifier_input == "x0":
             x = self._predicted(x, t, y, model_kwargs) if x0 is None else self._clipped(x0)
-        x = x.to(_dtype_of(self.classifier), memory_format=_layout_of(self.classifier))
+        x = x.to(dtype_of(self.classifier), memory_format=layout_of(self.classifier))
         gradient, stats = self.guidance.image_gradient(lambda x: self._classify(x, t), x, y)
         factor = torch.full_like(y, self.guidance.scale, dtype=torch.float32)
         scores = None if stats is None else self.guidance.tilted(stats)

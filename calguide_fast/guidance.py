@@ -46,6 +46,10 @@ class Guidance:
         scale: s, multiplies the whole image gradient.
         sine_boost: γ of EluCD's boost γ·v_max·sin(πk/K) to the variance; DDPM only.
         interval: (lo, hi): guide only where lo < σ ≤ hi, σ = √((1−ᾱ)/ᾱ); None to guide everywhere.
+        rule: ``"score"``: the image gradient is a part of the score that the sampler follows. ``"edm"``: EluCD's for
+            EDM's Heun, see :mod:`calguide_fast.edm_rule`, which takes no more than the gradient's direction.
+        max_guidance: m of EluCD's EDM rule, whose strength it sets in place of ``scale``: 0.004 for ImageNet-64.
+        add_factor: a of EluCD's EDM rule, 0.3 there.
 
     Raises:
         TypeError, ValueError: at construction, for a setting of the wrong type or out of its range.
@@ -65,6 +69,9 @@ class Guidance:
     scale: float = 1.0
     sine_boost: float = 0.0
     interval: tuple[float, float] | None = None
+    rule: str = "score"
+    max_guidance: float = 0.001
+    add_factor: float = 0.0
 
     def __post_init__(self) -> None:
         self.settings  # noqa: B018 - checks the score's settings
@@ -79,6 +86,10 @@ class Guidance:
             checks.number("entropy_scaling", self.entropy_scaling, low=1.0)
         if self.interval is not None:
             self._check_interval()
+        if self.rule not in ("score", "edm"):
+            raise ValueError(f"rule={self.rule!r} must be 'score' or 'edm'")
+        checks.number("max_guidance", self.max_guidance, low=0.0)
+        checks.number("add_factor", self.add_factor)
 
     def _check_interval(self) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,9 +76,10 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def frozen(network: Network | None) -> Iterator[None]:
-    """While it lasts, a module's parameters ask for no gradient, and its forward pass keeps nothing for theirs."""
-    asking = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
+def frozen(networks: Iterable[Network]) -> Iterator[None]:
+    """While it lasts, modules' parameters ask for no gradient, and their forward passes keep nothing for theirs."""
+    modules = [network for network in networks if isinstance(network, nn.Module)]
+    asking = [p for module in modules for p in module.parameters() if p.requires_grad]
     for p in asking:
         p.requires_grad_(False)
     try:
@@ -86,3 +87,24 @@ def frozen(network: Network | None) -> Iterator[None]:
     finally:
         for p in asking:
             p.requires_grad_(True)
+
+
+def device_of(network: Any) -> torch.device:
+    return next((p.device for p in _floating_parameters(network)), torch.get_default_device())
+
+
+def dtype_of(network: Any) -> torch.dtype:
+    """The dtype that a module's parameters share; one that mixes dtypes converts its input itself."""
+    dtypes = {p.dtype for p in _floating_parameters(network)}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def layout_of(network: Any) -> torch.memory_format:
+    for p in _floating_parameters(network):
+        if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def _floating_parameters(network: Any) -> list[Tensor]:
+    return [p for p in network.parameters() if p.is_floating_point()] if isinstance(network, nn.Module) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeGuard
@@ -12,21 +12,27 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from calguide_fast import edm_rule
+from calguide_fast.draws import Draws, Noise
+from calguide_fast.ensemble import Member, mean_gradient, shares
 from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance, ImageGradient
-from calguide_fast.networks import frozen, prepared
+from calguide_fast.karras import SIGMA_RANGE, Churn, KarrasLevels, Level, Solve
+from calguide_fast.networks import device_of, dtype_of, frozen, layout_of, prepared
 from calguide_fast.noise import as_seeds, draw_labels
+from calguide_fast.ops import checks
 from calguide_fast.ops.checks import check_labels, number
 from calguide_fast.ops.coefficients import Coefficient
 from calguide_fast.ops.guidance import GuidanceStats
-from calguide_fast.ops.noise import sampling_noise
 from calguide_fast.ops.step import METHODS, guided_step, predict_x0
 from calguide_fast.ops.tilt import tilt_weights
 from calguide_fast.samples import Diagnostics, Samples
 from calguide_fast.schedule import VARIANCES, Schedule, Timeline
+from calguide_fast.solvers import SOLVERS, dpmpp_, euler_, heun_
+from calguide_fast.trajectory import Trajectory
 
 Model = Callable[..., Tensor]
-Noise = Tensor | Callable[[], Tensor]
+Classifier = Callable[..., Tensor]
 
 
 class Step(NamedTuple):
@@ -34,11 +40,12 @@ class Step(NamedTuple):
 
     index: int  # type: ignore[assignment]  # hides tuple's method; 0 for the first step from x_T
     num_steps: int
-    timestep: int  # of the original process
+    timestep: float  # of the original process; an integer but for the methods in EDM's scaling
     sigma: float  # noise level before the step
     images: slice  # which images of the run these are
-    x_t: Tensor  # (B, C, *spatial) after the step; a buffer that is written again, so clone it to keep it
-    x0: Tensor | None  # the prediction that was classified, if any; with cuda_graph a buffer, too
+    x_t: Tensor  # (B, C, *spatial) after the step; a buffer that is written again, so clone it to keep it. The methods
+    # "heun" and "dpmpp" have x = x₀ + σ n in it
+    x0: Tensor | None  # the prediction that was classified, or is kept, if any; with cuda_graph a buffer, too
 
 
 class _Missing:
@@ -55,9 +62,12 @@ class FDivSampler:
 
     Args:
         model: ``model(x_t, t, **model_kwargs)`` returns ε̂ (B, C, *spatial) or ε̂ and v (B, 2C, *spatial); ``t`` is
-            (B,) int64, the original timestep. A class-conditional model gets ``y=labels`` too.
+            (B,) int64, the original timestep, and float32, fractional, for the methods ``"heun"`` and ``"dpmpp"``. A
+            class-conditional model gets ``y=labels`` too. Those two methods use an EDM denoiser as it is: a model with
+            ``denoise(x, sigma, **model_kwargs)``, x float32 in EDM's scaling and sigma (B,) float32, that returns the
+            denoised images, and with ``sigma_min`` and ``sigma_max``.
         classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``; returns logits
-            (B, num_classes) and is differentiable.
+            (B, num_classes) and is differentiable. A list of several guides by the mean of their scores.
         guidance: a :class:`Guidance`, or None to sample without. Its fields may be given as keywords instead:
             ``FDivSampler(model, classifier, divergence="js", alpha=0.5)``.
         schedule: ``"linear"``, ``"cosine"``, a :class:`calguide_fast.schedule.Schedule` or a (T,) table of betas.
@@ -65,6 +75,9 @@ class FDivSampler:
             is taken there, with no pass back through the model (EluCD). ``"xt"``: a noise-aware one sees x_t (ADM-G).
         cond_fn: ``cond_fn(x_t, t, y=labels, **model_kwargs)`` returning an image gradient, in place of a classifier
             (guided-diffusion's convention).
+        classifier_weights: of the classifiers in a list, in place of equal ones; their sum does not matter.
+        group: of ``torch.distributed``: tilting weighs the images that its ranks sample at the same time against each
+            other. All ranks must run the same number of batches and steps.
         cfg_scale: classifier-free guidance ε̂ = ε̂_u + w (ε̂_c − ε̂_u); 1 is the conditional model by itself.
         null_class: the label that makes the model unconditional, for ``cfg_scale``; never drawn.
         class_conditional: whether the model takes ``y``; read off ``model.class_conditional`` if not given.
@@ -72,7 +85,13 @@ class FDivSampler:
         shape: (C, *spatial) of one image; read off ``model.in_channels`` and ``model.image_size`` if not given.
         variance: ``"fixed_small"`` or ``"fixed_large"``, for models that predict no v.
         eta: η of DDIM.
-        clip_denoised: clip x̂₀ to [−1, 1].
+        churn, s_tmin, s_tmax, s_noise: EDM's stochasticity of ``"heun"``: see
+            :class:`calguide_fast.karras.Churn`.
+        sigma_range: (lowest, highest) noise level of ``"heun"`` and ``"dpmpp"``, in EDM's units; EDM's (0.002, 80), as
+            far as the schedule or the denoiser goes, if not given.
+        clip_denoised: clip x̂₀ to [−1, 1]: for the classifier; in ``"ddpm"`` and ``"ddim"`` before guidance, as
+            guided-diffusion does, in ``"heun"`` and ``"dpmpp"`` after it, which is DPM-Solver++'s thresholding. An EDM
+            denoiser's is clipped for the classifier alone, as EDM's own samplers do not clip.
         classifier_transform: differentiable, applied to x̂₀ before the classifier (normalise, resize).
         model_kwargs: further keywords for the model and the ``cond_fn``.
         diagnostics: record gradient norms and the classifier's confidence at every step.
@@ -94,18 +113,21 @@ class FDivSampler:
     Raises:
         TypeError, ValueError: at construction, for settings that are wrong or contradict each other.
 
-    Source: arXiv 2511.05844; Dhariwal & Nichol, arXiv 2105.05233; EluCD, arXiv 2310.11311.
+    Source: arXiv 2511.05844; Dhariwal & Nichol, arXiv 2105.05233; EluCD, arXiv 2310.11311; EDM, arXiv 2206.00364;
+    DPM-Solver++, arXiv 2211.01095.
     """
 
     def __init__(
         self,
         model: Model,
-        classifier: Callable[..., Tensor] | None = None,
+        classifier: Classifier | Sequence[Classifier] | None = None,
         guidance: Guidance | None | _Missing = _DEFAULT,
         schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor = "linear",
         classifier_input: str = "x0",
         *,
         cond_fn: Callable[..., Tensor] | None = None,
+        classifier_weights: Sequence[float] | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
         cfg_scale: float = 1.0,
         null_class: int | None = None,
         class_conditional: bool | None = None,
@@ -113,6 +135,11 @@ class FDivSampler:
         shape: Sequence[int] | None = None,
         variance: str = "fixed_small",
         eta: float = 0.0,
+        churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        sigma_range: tuple[float, float] | None = None,
         clip_denoised: bool = True,
         classifier_transform: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -126,27 +153,33 @@ class FDivSampler:
     ) -> None:
         self.guidance = _resolve_guidance(guidance, guidance_settings, classifier is not None or cond_fn is not None)
         self.model = model = prepared("model", model, dtype, channels_last, compile)
-        if classifier is not None:
-            classifier = prepared("classifier", classifier, dtype, channels_last, compile)
-        self.classifier = classifier
+        self._denoise = _denoise_of(model, compile)
+        given = _as_tuple(classifier)
+        networks = tuple(prepared("classifier", network, dtype, channels_last, compile) for network in given)
+        self._members = tuple(
+            Member(network, share, dtype_of(network), layout_of(network))
+            for network, share in zip(networks, shares(len(networks), classifier_weights))
+        )
+        self.classifier = networks if isinstance(classifier, _LISTS) else networks[0] if networks else None
         self.cond_fn = cond_fn
+        self.group = group
         self.schedule = Schedule.of(schedule)
         self.classifier_input = classifier_input
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
         self.class_conditional = _read(class_conditional, model, "class_conditional", False)
-        self.num_classes = _num_classes(num_classes, classifier, model, null_class)
+        self.num_classes = _num_classes(num_classes, networks[0] if networks else None, model, null_class)
         self.shape = _image_shape(shape, model)
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
+        self.churn = Churn(churn, s_tmin, s_tmax, s_noise)
+        self.sigma_range = _as_range(sigma_range)
         self.clip_denoised = clip_denoised
         self.classifier_transform = classifier_transform
         self.model_kwargs = dict(model_kwargs or {})
         self.diagnostics = diagnostics
-        self.device = torch.device(device) if device is not None else _device_of(model)
-        self._model_dtype = _dtype_of(model)
-        self._classifier_dtype = _dtype_of(classifier)
-        self._classifier_layout = _layout_of(classifier)
+        self.device = torch.device(device) if device is not None else device_of(model)
+        self._model_dtype = dtype_of(model)
         self._graphs = Graphs() if cuda_graph else None
         self._check()
 
@@ -155,22 +188,33 @@ class FDivSampler:
             raise ValueError(f"classifier_input={self.classifier_input!r} must be 'x0' or 'xt'")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} must be one of {', '.join(map(repr, VARIANCES))}")
-        if self.classifier is not None and self.cond_fn is not None:
+        if self._members and self.cond_fn is not None:
             raise ValueError("give a classifier or a cond_fn, not both")
-        if self.guidance is not None and self.classifier is None and self.cond_fn is None:
+        if self.guidance is not None and not self._members and self.cond_fn is None:
             raise ValueError("guidance needs a classifier or a cond_fn; guidance=None samples without")
         needs_logits = self.guidance is not None and (self.guidance.tilt or self.guidance.entropy_scaling is not None)
         if self.cond_fn is not None and needs_logits:
             raise ValueError("tilt and entropy_scaling need a classifier's logits, which a cond_fn does not show")
-        if self.classifier_transform is not None and (self.classifier is None or self.classifier_input != "x0"):
+        if self.classifier_transform is not None and not self._sees_x0:
             raise ValueError("classifier_transform needs a classifier with classifier_input='x0'")
+        if self._follows_edm_rule and not self._sees_x0:
+            raise ValueError("rule='edm' needs a classifier with classifier_input='x0'")
         if self.null_class is not None and (not _is_integer(self.null_class) or self.null_class < 0):
             raise ValueError(f"null_class={self.null_class!r} must be a label: an integer, 0 or more")
         if self.cfg_scale != 1.0 and (self.null_class is None or not self.class_conditional):
             raise ValueError(f"cfg_scale={self.cfg_scale!r} needs a class-conditional model and its null_class")
-        for name in ("model", "classifier"):
-            if getattr(getattr(self, name), "training", False):
+        networks = [("model", self.model), *(("classifier", member.network) for member in self._members)]
+        for name, network in networks:
+            if getattr(network, "training", False):
                 raise ValueError(f"the {name} is in training mode; call {name}.eval() first")
+
+    @property
+    def _sees_x0(self) -> bool:
+        return bool(self._members) and self.classifier_input == "x0"
+
+    @property
+    def _follows_edm_rule(self) -> bool:
+        return self.guidance is not None and self.guidance.rule == "edm"
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -184,29 +228,45 @@ class FDivSampler:
         noise: Noise | None = None,
         progress: bool = True,
         callback: Callable[[Step], None] | None = None,
+        *,
+        recurrence: int = 1,
+        trajectory: int | bool = False,
+        trajectory_of: str = "x",
     ) -> Samples:
         """Sample one image for each label.
+
+        The methods ``"heun"`` (EDM's, two evaluations a step) and ``"dpmpp"`` (DPM-Solver++(2M), one) work in EDM's
+        scaling, x = x₀ + σ n, from the highest noise level down to 0. An ε-model of the discrete schedule denoises by
+        D = x − σ ε̂(x/√(1+σ²), t(σ)); a variance that it predicts besides is not used. Guidance adds
+        σ²/√(1+σ²)·s·w_b·g to D, g the gradient that ``"ddim"`` takes as that of x_t, so that one ``scale`` means the
+        same in all three methods, and all follow the same differential equation.
 
         Args:
             labels: (N,) class labels, or the number N of images, whose labels are then drawn from their seeds.
             seeds: N integers, one 64-bit seed for each image; None draws them (they are returned). An image's noise
                 and drawn label depend on its seed alone, bit for bit, whatever the batch size.
-            steps: OpenAI's respacing: ``"250"``, 250, ``"10,15,20"``, ``"ddim25"``.
-            method: ``"ddpm"`` or ``"ddim"``.
+            steps: OpenAI's respacing: ``"250"``, 250, ``"10,15,20"``, ``"ddim25"``. For ``"heun"`` and ``"dpmpp"`` an
+                integer: how many noise levels to visit, spaced as Karras et al. do.
+            method: ``"ddpm"``, ``"ddim"``, ``"heun"`` or ``"dpmpp"``.
             batch_size: images at a time, all at once if None. Tilting weighs the images of a batch against each other.
             noise: every Gaussian draw, in place of the seeds': (steps+1, N, C, *spatial), x_T first, then one for each
-                step in order of use, or a callable that returns them for the current batch one by one.
+                step in order of use (and two more for each repetition), or a callable that returns them for the current
+                batch one by one.
             progress: show a progress bar.
             callback: called with a :class:`Step` after each step.
+            recurrence: how often each guided step is taken: after all but the last time, the image is brought back to
+                the step's noise level with fresh noise, which lets guidance and model agree (Bansal et al.,
+                arXiv 2302.07121, algorithm 1; Yu et al., arXiv 2303.09833). Not for ``"dpmpp"``, which builds on the
+                step before. The last time uses the step's own noise, so that 1 is plain sampling.
+            trajectory: keep this many steps, evenly spaced and the last among them, or all if True, in
+                ``Samples.trajectory``; each takes as much memory on the sampler's device as the images do.
+            trajectory_of: keep ``"x"``, as it is after the step, or ``"x0"``, the model's prediction before it.
 
         Returns:
             :class:`calguide_fast.samples.Samples`.
         """
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}")
-        if method == "ddim" and self.guidance is not None and self.guidance.sine_boost:
-            raise ValueError("sine_boost belongs to method='ddpm'")
-        timeline = self.schedule.respaced(steps)
+        self._check_method(method, recurrence)
+        timeline = self._karras_levels(steps) if method in SOLVERS else self.schedule.respaced(steps)
         wanted = self._wanted(labels)
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
@@ -214,88 +274,150 @@ class FDivSampler:
         batch_size = max(count, 1) if batch_size is None else batch_size
         if not _is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
-        if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
-            raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
-        if isinstance(noise, Tensor) and tuple(noise.shape) != (len(timeline) + 1, count, *self.shape):
-            expected = (len(timeline) + 1, count, *self.shape)
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be (steps+1, N, C, *spatial) = {expected}")
+        self._check_noise(noise, count, timeline, recurrence)
 
         images = torch.empty((count, *self.shape), dtype=torch.float32, device=self.device)
         record = Diagnostics.empty(timeline, count, self.device) if self.diagnostics else None
-        coefficients = timeline.coefficients(self.variance, self.eta).to(self.device)
+        sigmas = torch.from_numpy(timeline.sigmas[::-1].copy())
+        kept = Trajectory.empty(trajectory, trajectory_of, sigmas, count, self.shape, self.device)
+        table = timeline.coefficients(self.variance, self.eta) if isinstance(timeline, Timeline) else timeline.table()
         device_labels, device_seeds = labels.to(self.device), seeds.to(self.device)
         starts = range(0, count, batch_size)
         with (
             tqdm(total=len(starts) * len(timeline), disable=not progress, unit="step") as bar,
             self._borrowed_graphs() as graphs,
-            frozen(None if graphs is None else self.classifier),
+            frozen(() if graphs is None else [member.network for member in self._members]),
         ):
+            plan = _Plan(method, timeline, table.to(self.device), recurrence, kept is not None and kept.of == "x0")
             for start in starts:
                 batch = slice(start, min(start + batch_size, count))
                 run = _Batch(batch, device_labels[batch], device_seeds[batch])
-                draws = self._draws(noise, run)
-                for step in self._reverse(run, draws, timeline, coefficients, method, record, graphs):
+                draws = Draws(noise, batch, run.seeds, self.shape, self.device)
+                for step in self._reverse(run, draws, plan, record, graphs):
                     bar.update()
+                    if kept is not None:
+                        kept.write(step.index, batch, step.x_t, step.x0)
                     if callback is not None:
                         callback(step)
                 images[batch] = step.x_t
-        return Samples(images, labels, seeds, batch_size, record)
+        return Samples(images, labels, seeds, batch_size, record, kept)
+
+    def _check_method(self, method: str, recurrence: int) -> None:
+        allowed = (*METHODS, *SOLVERS)
+        if method not in allowed:
+            raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, allowed))}")
+        if method != "ddpm" and self.guidance is not None and self.guidance.sine_boost:
+            raise ValueError("sine_boost belongs to method='ddpm'")
+        if method != "heun" and self._follows_edm_rule:
+            raise ValueError("rule='edm' belongs to method='heun'")
+        if not _is_integer(recurrence) or recurrence < 1:
+            raise ValueError(f"recurrence={recurrence!r} must be an integer, at least 1")
+        if recurrence > 1 and method == "dpmpp":
+            raise ValueError("method='dpmpp' builds on the step before; recurrence needs 'ddpm', 'ddim' or 'heun'")
+        if recurrence > 1 and self.guidance is None:
+            raise ValueError(f"recurrence={recurrence} repeats guided steps, and guidance=None has none")
+
+    def _check_noise(self, noise: Noise | None, count: int, timeline: Timeline | KarrasLevels, recurrence: int) -> None:
+        if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
+            raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
+        guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
+        expected = (1 + len(timeline) + 2 * (recurrence - 1) * guided, count, *self.shape)
+        if isinstance(noise, Tensor) and tuple(noise.shape) != expected:
+            first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
+
+    def _karras_levels(self, steps: str | int) -> KarrasLevels:
+        """Where a solver goes: as far as the model does, within the range asked for."""
+        if self._denoise is None:
+            low, high = self.schedule.sigmas[[0, -1]].tolist()
+        else:
+            denoiser: Any = self.model
+            low, high = float(denoiser.sigma_min), float(denoiser.sigma_max)
+        if self.sigma_range is None:
+            asked = max(low, SIGMA_RANGE[0]), min(high, SIGMA_RANGE[1])
+        else:
+            asked = self.sigma_range
+            if not low <= asked[0] < asked[1] <= high:
+                raise ValueError(f"sigma_range={asked!r} must rise, and lie within the model's range, {low}..{high}")
+        return KarrasLevels.karras(steps, *asked, self.schedule, self.churn)
 
     def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
         if self._graphs is None:
             return nullcontext()
         settings = [value for name, value in vars(self).items() if name != "_graphs"]
-        return self._graphs.borrowed(self.device, [*settings, *self.model_kwargs.values()])
+        networks = [member.network for member in self._members]
+        return self._graphs.borrowed(self.device, [*settings, *networks, *self.model_kwargs.values()])
 
     def _reverse(
-        self,
-        run: _Batch,
-        draws: Iterator[Tensor | None],
-        timeline: Timeline,
-        coefficients: Tensor,
-        method: str,
-        record: Diagnostics | None,
-        graphs: Graphs | None,
+        self, run: _Batch, draws: Draws, plan: _Plan, record: Diagnostics | None, graphs: Graphs | None
     ) -> Iterator[Step]:
         """The loop: from x_T to x_0, one batch."""
-        x_t = next(draws)
-        if x_t is None:
-            x_t = sampling_noise(run.seeds, self.shape, draw=0)
-        x_t = x_t.to(self.device, torch.float32, copy=True)
+        method, timeline = plan.method, plan.timeline
+        solving = method in SOLVERS
+        x_t = draws.start()
+        if solving:
+            x_t *= float(timeline.sigmas[-1])
         boosted = self.guidance is not None and self.guidance.sine_boost
-        state = _State(x_t, run.labels, run.seeds, x_t.new_zeros(len(x_t)) if boosted else None)
+        state = _State(
+            x_t,
+            run.labels,
+            run.seeds,
+            variance_max=x_t.new_zeros(len(x_t)) if boosted else None,
+            denoised=torch.zeros_like(x_t) if method == "dpmpp" else None,
+        )
         if graphs is not None:
             state = graphs.hold(state)
-        random = method == "ddpm" or self.eta > 0
-        times = coefficients[:, Coefficient.TIMESTEP].long()[:, None].repeat(1, len(x_t))
+        times = None if solving else plan.table[:, Coefficient.TIMESTEP].long()[:, None].repeat(1, len(x_t))
+        step = self._solver_step if solving else self._step
+        timesteps, sigmas, evaluated = (
+            levels.tolist() for levels in (timeline.timesteps, timeline.sigmas, timeline.evaluated)
+        )
 
         for index, k in enumerate(reversed(range(len(timeline)))):
-            timestep, sigma = int(timeline.timesteps[k]), float(timeline.sigmas[k])
-            draw = next(draws)
-            guided = self.guidance is not None and self.guidance.guides_at(sigma)
-            kind = _Kind(method, guided, seeded=random and draw is None)
-            inputs = _Inputs(times[k], coefficients[k], draw if random else None)
-            if graphs is None:
-                found = self._step(kind, state, inputs)
-            else:
-                found = graphs.run(self._step, kind, inputs)
+            guided = self._guides_at(evaluated[k])
+            corrected = self._corrects_at(sigmas[k - 1]) if method == "heun" and k else None
+            # Heun's steps are random where churn moves them, DDIM's at η > 0
+            random = {"ddpm": True, "ddim": self.eta > 0, "heun": evaluated[k] > sigmas[k], "dpmpp": False}[method]
+            for remaining in reversed(range(plan.recurrence if guided else 1)):
+                noise = draws.repeat(random) if remaining else draws.step(random, inside=not solving)
+                seeded = not solving and random and noise is None
+                kind = _Kind(method, guided, seeded, corrected, plan.keep_x0)
+                inputs = _Inputs(None if times is None else times[k], plan.table[k], noise)
+                found = step(kind, state, inputs) if graphs is None else graphs.run(step, kind, inputs)
+                if remaining:
+                    signal, deviation = timeline.renoising(k)
+                    fresh = draws.repeat()
+                    assert fresh is not None
+                    state.x_t.mul_(signal).add_(fresh, alpha=deviation)
             if record is not None and found.diagnostics is not None:
                 record.values[index, :, run.images] = found.diagnostics
-            yield Step(index, len(timeline), timestep, sigma, run.images, state.x_t, found.x0)
+            yield Step(index, len(timeline), timesteps[k], sigmas[k], run.images, state.x_t, found.x0)
+
+    def _guides_at(self, sigma: float) -> bool:
+        return self.guidance is not None and self.guidance.guides_at(sigma)
+
+    def _corrects_at(self, sigma: float) -> bool:
+        """Whether Heun's correction at this noise level is guided."""
+        return self._guides_at(sigma) and not self._follows_edm_rule
 
     def _step(self, kind: _Kind, state: _State, inputs: _Inputs) -> _Found:
-        """One step of the loop: x_t becomes x_{t−1} in place."""
-        x_t, labels, seeds, variance_max = state
+        """One step of DDPM or DDIM: x_t becomes x_{t−1} in place."""
+        x_t, labels = state.x_t, state.labels
         t, coefficients, noise = inputs
+        assert t is not None
         guidance = self.guidance if self.guidance is not None else _UNGUIDED
         model_output = _apart(_at_most_float32(self._predict(x_t, t, labels)), x_t)
 
-        x0 = found = scores = None
+        x0 = found = scores = weights = None
+        if kind.keep_x0 or kind.guided and self._sees_x0:
+            x0 = self._predict_x0(x_t, model_output, coefficients)
         if kind.guided:
-            if self.classifier is not None and self.classifier_input == "x0":
-                x0 = self._predict_x0(x_t, model_output, coefficients)
-            found = self._image_gradient(guidance, x_t if x0 is None else x0, t, labels)
+            seen = x0 if self._sees_x0 else x_t
+            assert seen is not None
+            found = self._image_gradient(guidance, seen, t, labels)
             scores = guidance.tilted(found.stats) if found.stats is not None else None
+            if scores is not None and self.group is not None:
+                weights, scores = self._tilt_weights(guidance, scores), None
 
         guided_step(
             x_t,
@@ -304,69 +426,136 @@ class FDivSampler:
             _apart(found.gradient, x_t) if found is not None else None,
             method=kind.method,
             scale=guidance.scale,
+            weights=weights,
             scores=scores,
             tilt=guidance.tilt,
             max_weight=guidance.tilt_max,
             noise=noise,
-            seeds=seeds if kind.seeded else None,
-            variance_max=variance_max,
+            seeds=state.seeds if kind.seeded else None,
+            variance_max=state.variance_max,
             sine_boost=guidance.sine_boost,
             clip=self.clip_denoised,
             out=x_t,
         )
-        if found is None or not self.diagnostics:
-            return _Found(x0, None)
-        weights = None if scores is None else tilt_weights(scores, guidance.tilt, max_weight=guidance.tilt_max)
-        return _Found(x0, Diagnostics.of_step(found, weights))
+        if self.diagnostics and scores is not None:
+            weights = self._tilt_weights(guidance, scores)
+        return self._left(x0, found, weights)
+
+    def _solver_step(self, kind: _Kind, state: _State, inputs: _Inputs) -> _Found:
+        """One step in EDM's scaling: x becomes that of the next noise level in place."""
+        x, labels, row = state.x_t, state.labels, inputs.coefficients
+        by_rule = kind.guided and self._follows_edm_rule
+        rule = self._edm_rule(x, row, labels) if by_rule else None
+        if inputs.noise is not None:
+            x.addcmul_(inputs.noise, row[Solve.CHURN])
+        if rule is not None:
+            x += rule.image
+        here = self._denoised(x, row[:4], labels, kind.guided and not by_rule, kind)
+        if kind.method == "dpmpp":
+            assert state.denoised is not None
+            dpmpp_(x, here.image, state.denoised, row)
+        elif kind.corrected is None:
+            euler_(x, here.image, row)
+        else:
+            guided, again = kind.corrected, kind._replace(keep_x0=False)
+            heun_(x, here.image, row, lambda x: self._denoised(x, row[4:8], labels, guided, again).image)
+        guide = here if rule is None else rule
+        return self._left(here.x0, guide.found, guide.weights)
+
+    def _denoised(self, x: Tensor, level: Tensor, labels: Tensor, guided: bool, kind: _Kind) -> _Denoised:
+        """D(x; σ), moved by guidance."""
+        t = level[Level.TIMESTEP].repeat(len(x))
+        image = self._denoise_once(x, level, t, labels)
+        x0 = found = weights = None
+        if kind.keep_x0 or guided and self._sees_x0:
+            x0 = image.clamp(-1, 1) if self.clip_denoised else image
+        if guided:
+            seen = x0 if self._sees_x0 else x * level[Level.SHRINK]
+            assert self.guidance is not None and seen is not None
+            found, weights = self._weighed_gradient(self.guidance, seen, t, labels)
+            push = level[Level.PUSH] * self.guidance.scale
+            if weights is not None:
+                push = push * _per_image(weights, x)
+            image = torch.addcmul(image, found.gradient.to(image.dtype), push)
+        if self.clip_denoised and self._denoise is None:
+            image.clamp_(-1, 1)
+        return _Denoised(image, x0, found, weights)
+
+    def _denoise_once(self, x: Tensor, level: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """D(x; σ) of the model by itself, float32, of the denoiser or from the ε̂ of a discrete process."""
+        if self._denoise is not None:
+            image = self._conditioned(self._denoise, x, level[Level.SIGMA].repeat(len(x)), labels)
+            checks.shaped("model.denoise(x, sigma)", image, x.shape)
+            return _apart(image.float(), x)
+        eps = self._predict(x * level[Level.SHRINK], t, labels)[:, : self.shape[0]]
+        checks.shaped("the model's eps", eps, x.shape)
+        return torch.addcmul(x, eps.float(), level[Level.SIGMA], value=-1)
+
+    def _edm_rule(self, x: Tensor, row: Tensor, labels: Tensor) -> _Denoised:
+        """What EluCD's rule adds to x."""
+        assert self.guidance is not None
+        guidance = self.guidance
+        found, weights = self._weighed_gradient(guidance, edm_rule.classified_at(x), row[Level.TIMESTEP], labels)
+        shift = edm_rule.shift(x, guidance.scale * found.gradient, row, guidance.max_guidance, guidance.add_factor)
+        return _Denoised(shift if weights is None else shift * _per_image(weights, x), None, found, weights)
+
+    def _left(self, x0: Tensor | None, found: ImageGradient | None, weights: Tensor | None) -> _Found:
+        return _Found(x0, Diagnostics.of_step(found, weights) if found is not None and self.diagnostics else None)
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        x_t = x_t.to(self._model_dtype)
+        return self._conditioned(self.model, x_t.to(self._model_dtype), t, labels)
+
+    def _conditioned(self, network: Model, x: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+        """The network's output at x and (B,) timesteps or noise levels, with classifier-free guidance if there is."""
         if not self.class_conditional:
-            return self.model(x_t, t, **self.model_kwargs)
+            return network(x, level, **self.model_kwargs)
         if self.cfg_scale == 1.0 or self.null_class is None:
-            return self.model(x_t, t, y=labels, **self.model_kwargs)
+            return network(x, level, y=labels, **self.model_kwargs)
         null = torch.full_like(labels, self.null_class)
-        both = self.model(
-            x_t.repeat(2, *[1] * len(self.shape)), t.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs
+        both = network(
+            x.repeat(2, *[1] * len(self.shape)), level.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs
         )
         conditional, unconditional = both.chunk(2)
         channels = self.shape[0]
-        eps = torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.cfg_scale)
-        return torch.cat([eps, conditional[:, channels:]], 1)
+        mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.cfg_scale)
+        return torch.cat([mixed, conditional[:, channels:]], 1)
 
     def _predict_x0(self, x_t: Tensor, model_output: Tensor, coefficients: Tensor) -> Tensor:
-        """x̂₀ as the classifier wants it."""
-        dtype = torch.float32 if self._classifier_dtype == torch.float64 else self._classifier_dtype
-        return predict_x0(x_t, model_output, coefficients, self.clip_denoised, dtype, self._classifier_layout)
+        """x̂₀ as the classifier wants it; or as it is, for several that differ in that and for none."""
+        wanted = {(member.dtype, member.layout) for member in self._members} if self._sees_x0 else set()
+        dtype, layout = wanted.pop() if len(wanted) == 1 else (torch.float32, torch.contiguous_format)
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        return predict_x0(x_t, model_output, coefficients, self.clip_denoised, dtype, layout)
+
+    def _weighed_gradient(
+        self, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor
+    ) -> tuple[ImageGradient, Tensor | None]:
+        """The gradient, and the (B,) weights of a tilt if there is one."""
+        found = self._image_gradient(guidance, x, t, labels)
+        checks.shaped("gradient", found.gradient, x.shape)
+        scores = guidance.tilted(found.stats) if found.stats is not None else None
+        return found, None if scores is None else self._tilt_weights(guidance, scores)
+
+    def _tilt_weights(self, guidance: Guidance, scores: Tensor) -> Tensor:
+        return tilt_weights(scores, guidance.tilt, max_weight=guidance.tilt_max, group=self.group)
 
     def _image_gradient(self, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
         if self.cond_fn is not None:
             return ImageGradient(_at_most_float32(self.cond_fn(x, t, y=labels, **self.model_kwargs)), None)
-        x = x.to(self._classifier_dtype, memory_format=self._classifier_layout)
-        gradient, stats = guidance.image_gradient(lambda x: self._classify(x, t), x, labels)
+        found = [self._gradient_of(member, guidance, x, t, labels) for member in self._members]
+        return mean_gradient(found, [member.share for member in self._members])
+
+    def _gradient_of(self, member: Member, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
+        x = x.to(member.dtype, memory_format=member.layout)
+        gradient, stats = guidance.image_gradient(lambda x: self._classify(member.network, x, t), x, labels)
         narrowed = None if stats is None else GuidanceStats(*map(_at_most_float32, stats))
         return ImageGradient(_at_most_float32(gradient), narrowed)
 
-    def _classify(self, x: Tensor, t: Tensor) -> Tensor:
+    def _classify(self, classifier: Classifier, x: Tensor, t: Tensor) -> Tensor:
         """The classifier's logits of x̂₀ or x_t."""
-        assert self.classifier is not None
         if self.classifier_input == "xt":
-            return self.classifier(x, t)
-        return self.classifier(x if self.classifier_transform is None else self.classifier_transform(x))
-
-    def _draws(self, noise: Noise | None, run: _Batch) -> Iterator[Tensor | None]:
-        """x_T, then each step's noise in order of use; None where the seeds are to be used."""
-        if noise is None:
-            return itertools.repeat(None)
-        if isinstance(noise, Tensor):
-            return (_uploaded(draw[run.images], self.device) for draw in noise)
-        return (self._checked(noise(), run) for _ in itertools.count())
-
-    def _checked(self, draw: Tensor, run: _Batch) -> Tensor:
-        expected = (len(run.labels), *self.shape)
-        if not isinstance(draw, Tensor) or tuple(draw.shape) != expected:
-            raise ValueError(f"noise() must return a tensor of shape {expected}, got {getattr(draw, 'shape', draw)!r}")
-        return _uploaded(draw, self.device)
+            return classifier(x, t)
+        return classifier(x if self.classifier_transform is None else self.classifier_transform(x))
 
     def _wanted(self, labels: int | Sequence[int] | Tensor) -> int | Tensor:
         """How many images to draw labels for, or the labels: (N,) int64 on the CPU."""
@@ -395,29 +584,51 @@ class _Batch(NamedTuple):
     seeds: Tensor  # (B,) int64 on the sampler's device
 
 
+class _Plan(NamedTuple):
+    """How a run samples, the same for all its batches."""
+
+    method: str
+    timeline: Timeline | KarrasLevels
+    table: Tensor  # (K, 16 or 14) float32, a row of coefficients for each k
+    recurrence: int
+    keep_x0: bool
+
+
 class _Kind(NamedTuple):
     """In what, other than the values of tensors, one step differs from another of the same sampler."""
 
     method: str
     guided: bool
-    seeded: bool  # whether its noise is drawn from the seeds
+    seeded: bool  # whether its noise is drawn from the seeds, inside
+    corrected: bool | None  # by Heun: guided or not; None without a correction
+    keep_x0: bool
 
 
 class _State(NamedTuple):
-    """What lasts while a batch is sampled; steps write to x_t and variance_max."""
+    """What lasts while a batch is sampled; steps write to all but labels and seeds."""
 
     x_t: Tensor  # (B, C, *spatial) float32
     labels: Tensor  # (B,) int64
     seeds: Tensor  # (B,) int64
     variance_max: Tensor | None  # (B,) float32, with a sine boost
+    denoised: Tensor | None  # (B, C, *spatial) float32, of the step before, for DPM-Solver++
 
 
 class _Inputs(NamedTuple):
     """What is new at each step."""
 
-    t: Tensor  # (B,) int64
-    coefficients: Tensor  # (16,) float32
+    t: Tensor | None  # (B,) int64; a solver finds its own in the coefficients
+    coefficients: Tensor  # (16,) float32, or (14,) of a solver
     noise: Tensor | None  # (B, C, *spatial) float32, where it is given
+
+
+class _Denoised(NamedTuple):
+    """A guided denoiser's result."""
+
+    image: Tensor  # (B, C, *spatial) float32
+    x0: Tensor | None  # (B, C, *spatial), what was classified or is to be kept
+    found: ImageGradient | None
+    weights: Tensor | None  # (B,) float32, of a tilt
 
 
 class _Found(NamedTuple):
@@ -440,24 +651,47 @@ def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, 
     return guidance
 
 
+# what several classifiers may be given in
+_LISTS = (list, tuple, nn.ModuleList)
+
+
+def _as_tuple(classifier: Any) -> tuple[Classifier, ...]:
+    if isinstance(classifier, _LISTS):
+        if not len(classifier):
+            raise ValueError("classifier=[] must hold at least one classifier")
+        return tuple(classifier)
+    return () if classifier is None else (classifier,)
+
+
+def _as_range(sigma_range: Any) -> tuple[float, float] | None:
+    if sigma_range is None:
+        return None
+    try:
+        low, high = map(float, sigma_range)
+    except (TypeError, ValueError):
+        raise ValueError(f"sigma_range={sigma_range!r} must be a pair of noise levels, the lowest first") from None
+    return low, high
+
+
+def _denoise_of(model: Any, compile: bool) -> Callable[..., Tensor] | None:
+    """An EDM denoiser's own method; compiling a module wraps its call, and nothing else."""
+    denoise = getattr(model, "denoise", None)
+    return torch.compile(denoise) if compile and denoise is not None else denoise
+
+
 def _at_most_float32(tensor: Tensor) -> Tensor:
     """What a float64 network gives, in the precision of x_t."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
+def _per_image(weights: Tensor, x: Tensor) -> Tensor:
+    """(B,) weights that multiply images (B, C, *spatial)."""
+    return weights.view(-1, *[1] * (x.ndim - 1))
+
+
 def _apart(tensor: Tensor, x_t: Tensor) -> Tensor:
     """The tensor, copied if it lies in x_t's memory, as where a network gives back a view of its input."""
     return tensor.clone() if 0 <= tensor.data_ptr() - x_t.data_ptr() < x_t.nbytes else tensor
-
-
-def _uploaded(draw: Tensor, device: torch.device) -> Tensor:
-    """The draw on the device as float32; the host does not wait for its copy."""
-    draw = draw.to(torch.float32)
-    if device.type == "cuda" and draw.device.type == "cpu":
-        # a page-locked buffer of its own: the caller may write to the draw again before the copy is made. PyTorch keeps
-        # such buffers, and gives one out again once the device has read it
-        return torch.empty_like(draw, pin_memory=True).copy_(draw).to(device, non_blocking=True)
-    return draw.to(device)
 
 
 def _read(value: Any, module: Any, name: str, default: Any) -> Any:
@@ -494,24 +728,3 @@ def _image_shape(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:
     if not all(_is_integer(side) and side > 0 for side in shape) or len(shape) < 2:
         raise ValueError(f"shape={tuple(shape)!r} must be (C, *spatial), positive integers")
     return tuple(map(int, shape))
-
-
-def _floating_parameters(module: Any) -> list[Tensor]:
-    return [p for p in module.parameters() if p.is_floating_point()] if isinstance(module, nn.Module) else []
-
-
-def _device_of(module: Any) -> torch.device:
-    return next((p.device for p in _floating_parameters(module)), torch.get_default_device())
-
-
-def _dtype_of(module: Any) -> torch.dtype:
-    """The dtype that a module's parameters share; one that mixes dtypes converts its input itself."""
-    dtypes = {p.dtype for p in _floating_parameters(module)}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def _layout_of(module: Any) -> torch.memory_format:
-    for p in _floating_parameters(module):
-        if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format

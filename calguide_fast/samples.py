@@ -12,15 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from calguide_fast.guidance import ImageGradient
+from calguide_fast.karras import KarrasLevels
 from calguide_fast.schedule import Timeline
+from calguide_fast.trajectory import Trajectory
 
 
 @dataclass(frozen=True, eq=False)
 class Diagnostics:
     """What guidance did at each of K steps, in order of use, to each of N images; NaN where it was off.
 
+    Where a step evaluates the model more than once, this is of the first time; where it is repeated, of the last.
+
     Attributes:
-        timesteps: (K,) int64, the original timesteps, falling.
+        timesteps: (K,) the original timesteps, falling: int64, or float64 for the methods in EDM's scaling.
         sigmas: (K,) noise levels before each step.
         values: (K, 4, N), the four tables below in one, so that a step is written at once.
         gradient_norm: (K, N) L2 norm of the image gradient, before scale and tilt.
@@ -50,7 +54,7 @@ class Diagnostics:
         return self.values[:, 3]
 
     @classmethod
-    def empty(cls, timeline: Timeline, count: int, device: torch.device) -> Diagnostics:
+    def empty(cls, timeline: Timeline | KarrasLevels, count: int, device: torch.device) -> Diagnostics:
         values = torch.full((len(timeline), 4, count), math.nan, dtype=torch.float32, device=device)
         timesteps, sigmas = (torch.from_numpy(table[::-1].copy()) for table in (timeline.timesteps, timeline.sigmas))
         return cls(timesteps, sigmas, values)
@@ -78,6 +82,7 @@ class Samples:
         seeds: (N,) int64 on the CPU, bit patterns of unsigned 64-bit seeds.
         batch_size: images that were sampled, and tilted, together: consecutive groups of this many.
         diagnostics: what guidance did, if it was recorded.
+        trajectory: some of the steps, if they were kept.
     """
 
     images: Tensor
@@ -85,6 +90,7 @@ class Samples:
     seeds: Tensor
     batch_size: int
     diagnostics: Diagnostics | None = None
+    trajectory: Trajectory | None = None
 
     def __len__(self) -> int:
         return len(self.images)

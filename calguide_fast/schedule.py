@@ -67,6 +67,15 @@ class Schedule:
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def sigmas(self) -> np.ndarray:
+        """(T,) noise levels σ = √((1−ᾱ)/ᾱ), rising, in EDM's units: noise per unit of signal."""
+        return np.sqrt(1 / self.alphas_cumprod - 1)
+
+    def timesteps_at(self, sigmas: np.ndarray) -> np.ndarray:
+        """Fractional timesteps of noise levels in EDM's units, interpolated in log σ; the ends' beyond the range."""
+        return np.interp(np.log(sigmas), np.log(self.sigmas), np.arange(self.num_timesteps))
+
     def respaced(self, steps: str | int) -> Timeline:
         """Keep some of the timesteps, in OpenAI's notation; β is recomputed from the kept ᾱ.
 
@@ -140,6 +149,16 @@ class Timeline:
     def sigmas(self) -> np.ndarray:
         """(K,) noise levels σ = √((1−ᾱ)/ᾱ), in EDM's units: noise per unit of signal."""
         return np.sqrt(1 / self.alphas_cumprod - 1)
+
+    @property
+    def evaluated(self) -> np.ndarray:
+        """(K,) noise levels at which the model is called: :attr:`sigmas`."""
+        return self.sigmas
+
+    def renoising(self, k: int) -> tuple[float, float]:
+        """a and b of x_k = a x_{k−1} + b z, the forward process from after step k back to before it."""
+        kept = self.alphas_cumprod[k] / (self.alphas_cumprod[k - 1] if k else 1.0)
+        return math.sqrt(kept), math.sqrt(1 - kept)
 
     def coefficients(self, variance: str = "fixed_small", eta: float = 0.0) -> Tensor:
         """The table that :func:`calguide_fast.guided_step` reads, one row for each k.

@@ -8,18 +8,38 @@
 
 namespace calguide {
 
-struct GuidanceArguments {
+struct LogitsArguments {
   const void* logits;  // (batch, classes) of `storage`
   int64_t row_stride;
   int64_t class_stride;
-  const int64_t* labels;  // (batch)
-  int64_t label_stride;
   int64_t batch;
   int64_t classes;
   int storage;  // StorageType
+};
+
+struct GuidanceArguments : LogitsArguments {
+  const int64_t* labels;  // (batch)
+  int64_t label_stride;
   GuidanceSettings<double> settings;
   void* grad;    // (batch, classes) of `storage`, contiguous; may be the logits themselves
   float* stats;  // (5, batch): score, log_prob, entropy, divergence, label_log_prob
+};
+
+struct TopLabelArguments : LogitsArguments {
+  const int64_t* labels;  // (batch)
+  int64_t label_stride;
+  float* confidence;  // (batch)
+  int64_t* top;       // (batch)
+  uint8_t* correct;   // (batch) 0 or 1
+};
+
+// top lies in 0..classes-1
+struct TopLabelBackwardArguments : LogitsArguments {
+  const float* grad_confidence;  // (batch)
+  int64_t grad_stride;
+  const float* confidence;  // (batch)
+  const int64_t* top;       // (batch)
+  void* grad;               // (batch, classes) of `storage`, contiguous
 };
 
 struct TiltArguments {

@@ -8,6 +8,7 @@ void bind_guidance(pybind11::module_& module);
 void bind_smooth_ece(pybind11::module_& module);
 void bind_step(pybind11::module_& module);
 void bind_tilt(pybind11::module_& module);
+void bind_top_label(pybind11::module_& module);
 
 }  // namespace calguide
 
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_cpu, module) {
   calguide::bind_smooth_ece(module);
   calguide::bind_step(module);
   calguide::bind_tilt(module);
+  calguide::bind_top_label(module);
 }

@@ -97,6 +97,37 @@ inline StepArguments read_predict_x0(PositionalArguments& in) {
   return a;
 }
 
+// The bindings of top_label and its backward call run(place, arguments).
+template <class Place, class Run>
+auto top_label_function(Run run) {
+  return [run](Place place, uintptr_t logits, int64_t row_stride, int64_t class_stride, uintptr_t labels,
+               int64_t label_stride, int64_t batch, int64_t classes, int storage, uintptr_t confidence, uintptr_t top,
+               uintptr_t correct) -> int64_t {
+    TopLabelArguments a;
+    a.logits = reinterpret_cast<const void*>(logits), a.row_stride = row_stride, a.class_stride = class_stride;
+    a.labels = reinterpret_cast<const int64_t*>(labels), a.label_stride = label_stride;
+    a.batch = batch, a.classes = classes, a.storage = storage;
+    a.confidence = reinterpret_cast<float*>(confidence), a.top = reinterpret_cast<int64_t*>(top);
+    a.correct = reinterpret_cast<uint8_t*>(correct);
+    return run(place, a);
+  };
+}
+
+template <class Place, class Run>
+auto top_label_backward_function(Run run) {
+  return [run](Place place, uintptr_t grad_confidence, int64_t grad_stride, uintptr_t logits, int64_t row_stride,
+               int64_t class_stride, int64_t batch, int64_t classes, int storage, uintptr_t confidence, uintptr_t top,
+               uintptr_t grad) {
+    TopLabelBackwardArguments a;
+    a.grad_confidence = reinterpret_cast<const float*>(grad_confidence), a.grad_stride = grad_stride;
+    a.logits = reinterpret_cast<const void*>(logits), a.row_stride = row_stride, a.class_stride = class_stride;
+    a.batch = batch, a.classes = classes, a.storage = storage;
+    a.confidence = reinterpret_cast<const float*>(confidence), a.top = reinterpret_cast<const int64_t*>(top);
+    a.grad = reinterpret_cast<void*>(grad);
+    run(place, a);
+  };
+}
+
 // The binding of guidance_gradient: checks the divergence and calls run(place, arguments).
 template <class Place, class Run>
 auto guidance_function(Run run) {

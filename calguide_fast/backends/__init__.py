@@ -33,7 +33,7 @@ _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.
 # with, and triton serves.
 _SPECS = {
     "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"}), frozenset({"smooth_ece"})),
-    "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
+    "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"}), frozenset({"smooth_ece"})),
     "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
     "reference": _Spec(None, None, frozenset()),
 }

@@ -18,6 +18,8 @@ tilt_weights = _kernels.tilt_weights
 predict_x0 = _kernels.predict_x0
 guided_step = _kernels.guided_step
 philox_normal = _kernels.philox_normal
+top_label = _kernels.top_label
+top_label_backward = _kernels.top_label_backward
 
 
 def smooth_ece(

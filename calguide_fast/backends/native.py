@@ -84,6 +84,39 @@ class NativeKernels:
             check_labels(labels, classes)
         return grad, stats
 
+    def top_label(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest probability (n,) fp32, its class (n,) int64 and whether that is the label (n,).
+
+        A label out of range is a ValueError where the kernels look at labels first, else its row's confidence is NaN.
+        """
+        batch, classes = logits.shape
+        row_stride, class_stride = logits.stride()
+        confidence = (
+            logits.new_empty(batch) if logits.dtype is torch.float32 else logits.new_empty(batch, dtype=torch.float32)
+        )
+        top = labels.new_empty(batch)
+        correct = labels.new_empty(batch, dtype=torch.bool)
+        bad_row = self.native.top_label(
+            self.place(logits), logits.data_ptr(), row_stride, class_stride, labels.data_ptr(), labels.stride(0),
+            batch, classes, _STORAGE[logits.dtype], confidence.data_ptr(), top.data_ptr(), correct.data_ptr(),
+        )  # fmt: skip
+        if bad_row >= 0:
+            check_labels(labels, classes)
+        return confidence, top, correct
+
+    def top_label_backward(self, grad_confidence: Tensor, logits: Tensor, confidence: Tensor, top: Tensor) -> Tensor:
+        """The confidences' gradient in the logits, (n, C) in their dtype."""
+        batch, classes = logits.shape
+        row_stride, class_stride = logits.stride()
+        grad = logits.new_empty(batch, classes)
+        confidence, top = confidence.contiguous(), top.contiguous()
+        self.native.top_label_backward(
+            self.place(logits), grad_confidence.data_ptr(), grad_confidence.stride(0),
+            logits.data_ptr(), row_stride, class_stride, batch, classes, _STORAGE[logits.dtype],
+            confidence.data_ptr(), top.data_ptr(), grad.data_ptr(),
+        )  # fmt: skip
+        return grad
+
     def tilt_weights(self, scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
         """Weights of the images of one tilt group, (B,) fp32."""
         if scores.dtype is not torch.float32:

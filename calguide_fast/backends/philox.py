@@ -2,7 +2,8 @@
 
 This states what `csrc/philox.h` computes, to the last bit and on any device: image b has the key `seeds[b]`, and the
 counter (element // 4, draw, stream, 0) gives elements 4j .. 4j+3 of its NCHW order their four normals. Stream 0 is the
-sampler's noise (draw 0 is x_T, draw k the k-th step taken), stream 1 its labels. The construction is frozen.
+sampler's noise (draw 0 is x_T, draw k the k-th step taken), stream 1 its labels, stream 2 what a recurrence draws
+besides. The construction is frozen.
 
 Philox is of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 NOISE_STREAM = 0
 LABEL_STREAM = 1
+RECURRENCE_STREAM = 2
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -17,11 +17,25 @@ from calguide_fast.backends.labels import check_labels
 from calguide_fast.backends.philox import philox_normal
 from calguide_fast.backends.smooth_ece import smooth_ece
 
-__all__ = ["guidance_gradient", "guided_step", "philox_normal", "predict_x0", "smooth_ece", "tilt_weights"]
+__all__ = [
+    "guidance_gradient",
+    "guided_step",
+    "philox_normal",
+    "predict_x0",
+    "smooth_ece",
+    "tilt_weights",
+    "top_label",
+    "top_label_backward",
+]
 
 
 def _upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _widest(tensor: Tensor) -> Tensor:
+    """In float64, or in float32 where there is none (Apple's mps)."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 @torch.no_grad()
@@ -44,7 +58,7 @@ def guidance_gradient(
     """
     check_labels(labels, logits.shape[1])
     # results are contiguous whatever the strides of the logits
-    f = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).contiguous()  # [B, C]
+    f = _widest(logits).contiguous()  # [B, C]
     y = labels[:, None]
     masked = f == -math.inf
     label_masked = masked.gather(1, y)
@@ -152,6 +166,33 @@ def _alpha(p: Tensor, log_p: Tensor, q: Tensor, order: float) -> tuple[Tensor, T
 
 
 _DIVERGENCES = (_none, _reverse_kl, _forward_kl, _js, _jeffreys, _hellinger, _chi2, _neyman_chi2, _alpha)
+
+
+@torch.no_grad()
+def top_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest probability (n,) fp32 (float64 for float64), its class (n,) int64 and whether that is the label.
+
+    A label out of range is a ValueError, but on a GPU, which is not waited for, its row's confidence is NaN.
+    """
+    known = torch.ones_like(labels, dtype=torch.bool)
+    if labels.device.type == "cpu":
+        check_labels(labels, logits.shape[1])
+    else:
+        known = (labels >= 0) & (labels < logits.shape[1])
+    f = _widest(logits)  # [n, C]
+    top = f.masked_fill(f.isnan(), -math.inf).argmax(1)
+    p = torch.softmax(f, 1).gather(1, top[:, None]).squeeze(1)
+    confidence = p.where(known, math.nan).to(_upcast(logits).dtype)
+    return confidence, top, (top == labels) & ~confidence.isnan()
+
+
+@torch.no_grad()
+def top_label_backward(grad_confidence: Tensor, logits: Tensor, confidence: Tensor, top: Tensor) -> Tensor:
+    """The confidences' gradient in the logits, (n, C) in their dtype: g p_top (1[i = top] − p_i)."""
+    p = torch.softmax(_widest(logits).contiguous(), 1)
+    onehot = torch.zeros_like(p).scatter_(1, top[:, None], 1.0)
+    # the row of a NaN confidence is NaN
+    return ((_widest(grad_confidence) * confidence)[:, None] * (onehot - p)).to(logits.dtype)
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ e_k = exp(−σ²π²k²/2), so the residuals r_i = f_i − y_i enter through th
 
 where s_k is known from the places at which R changes sign. These places move with σ and f, but as R is 0 there, the
 integral's derivatives are those at fixed s_k.
+
+Cosines and sines are the parts of e^{iπkt}, and these for all k are the products of a few with each other, so that sums
+over them are products of matrices; on an even grid they are a Fourier transform.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,6 +29,10 @@ CUTOFF = 2.8
 POINTS = 32
 # |R| below this share of its largest value is rounding, which has no sign
 ROUNDING = 1e-12
+# a moment below this share of the residuals' absolute sum is 0
+CANCELLED = 1e-15
+# a step of the search for a place that is shorter is the last
+CLOSE = 1e-13
 # elements of the largest intermediate
 CHUNK = 1 << 22
 
@@ -90,7 +96,7 @@ class _Residuals:
         signs = sign * (1 - 2.0 * (torch.arange(len(ends) - 1, device=ends.device) % 2).to(ends))
         # s_k = Σ over the intervals of their sign times ∫ cos πkt
         jumps = torch.cat([signs[:1], signs.diff(), -signs[-1:]])
-        sine = -_sum_over(jumps, ends, k, torch.sin) / (torch.pi * k).clamp(min=1)
+        sine = -_sums(jumps, ends, len(k)).imag / (torch.pi * k).clamp(min=1)
         sine[0] = (signs * ends.diff()).sum()
         terms = series * sine
         return float(terms.sum()), float(-(sigma * (torch.pi * k) ** 2 * terms).sum()), sine
@@ -99,16 +105,17 @@ class _Residuals:
         """∂/∂f_i ∫ |R| = w_i (S(f_i) + r_i S′(f_i)), S = K_σ ∗ sign R, (n,)."""
         k = torch.arange(len(sine), dtype=sine.dtype, device=sine.device)
         series = _doubled(_damping(sigma, k) * sine)
-        slope = -torch.pi * k * series
-        return self.w * (_evaluate(series, self.f, torch.cos) + self.r * _evaluate(slope, self.f, torch.sin))
+        value, slope = _evaluate(_with_derivatives(series, 1), self.f)
+        return self.w * (value + self.r * slope)
 
     def series(self, sigma: float) -> tuple[Tensor, Tensor]:
         """Coefficients of R's cosine series, and their k."""
         count = math.ceil(CUTOFF / sigma) + 1
         k = torch.arange(count, dtype=self.f.dtype, device=self.f.device)
-        known = len(self.moments)
-        if known < count:
-            self.moments = torch.cat([self.moments, _sum_over(self.w * self.r, self.f, k[known:], torch.cos)])
+        if len(self.moments) < count:
+            moments = _sums(self.w * self.r, self.f, count).real
+            # residuals that cancel leave rounding
+            self.moments = moments.where(moments.abs() > CANCELLED * (self.w * self.r).abs().sum(), 0.0)
         return _doubled(_damping(sigma, k) * self.moments[:count]), k
 
 
@@ -121,35 +128,77 @@ def _doubled(series: Tensor) -> Tensor:
     return torch.cat([series[:1], 2 * series[1:]])
 
 
-def _sum_over(values: Tensor, places: Tensor, k: Tensor, wave: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ_i values_i wave(π k places_i) for every k."""
-    step = max(1, CHUNK // len(k))
-    total = torch.zeros_like(k)
-    for v, t in zip(values.split(step), places.split(step)):
-        total += v @ wave(torch.pi * t[:, None] * k)
-    return total
-
-
-def _evaluate(series: Tensor, places: Tensor, wave: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ_k series_k wave(π k places_i) for every i."""
+def _with_derivatives(series: Tensor, order: int) -> Tensor:
+    """The function Re Σ_k series_k e^{iπkt} and its derivatives by t as such sums, (order + 1, K)."""
     k = torch.arange(len(series), dtype=series.dtype, device=series.device)
-    step = max(1, CHUNK // len(k))
-    return torch.cat([wave(torch.pi * t[:, None] * k) @ series for t in places.split(step)])
+    return torch.stack([series * (1j * torch.pi * k) ** n for n in range(order + 1)])
+
+
+def _waves(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """e^{iπkt} for k < count as products: (n, A) for the multiples a·B, (n, B) for the rest of k = a·B + b."""
+    width = math.isqrt(count - 1) + 1
+    k = torch.arange(width, dtype=places.dtype, device=places.device)
+    angles = torch.pi * places[:, None] * k
+    coarse = width * angles[:, : -(-count // width)]
+    return torch.complex(coarse.cos(), coarse.sin()), torch.complex(angles.cos(), angles.sin())
+
+
+def _sums(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """Σ_i values_i e^{iπk places_i} for every k < count."""
+    total = None
+    step = max(1, CHUNK // (2 * math.isqrt(count) + 2))
+    for v, t in zip(values.split(step), places.split(step)):
+        coarse, fine = _waves(t, count)
+        part = (v[:, None] * coarse).T @ fine
+        total = part if total is None else total + part
+    assert total is not None
+    return total.flatten()[:count]
+
+
+def _evaluate(sums: Tensor, places: Tensor) -> Tensor:
+    """Re Σ_k sums_mk e^{iπk places_i}, (m, n) for sums (m, K)."""
+    count = sums.shape[1]
+    parts = []
+    for t in places.split(max(1, CHUNK // (2 * math.isqrt(count) + 2))):
+        coarse, fine = _waves(t, count)
+        size = (coarse.shape[1], fine.shape[1])
+        padded = torch.nn.functional.pad(sums, (0, size[0] * size[1] - count)).view(-1, *size)
+        parts.append((coarse * (fine @ padded.mT)).sum(-1).real)
+    return torch.cat(parts, 1)
 
 
 def _sign_changes(series: Tensor, sigma: float) -> tuple[Tensor, float]:
     """Where the cosine series changes sign within (0, 1), and its sign before the first place (0: it is 0)."""
     intervals = max(POINTS, math.ceil(POINTS / sigma))
     grid = torch.linspace(0, 1, intervals + 1, dtype=series.dtype, device=series.device)
-    r = _evaluate(series, grid, torch.cos)
-    seen = r.abs() > ROUNDING * r.abs().max()
-    grid, sign = grid[seen], r[seen].sign()
-    if not len(sign):
-        return grid, 0.0
-    change = sign[1:] != sign[:-1]
-    low, high, before = grid[:-1][change], grid[1:][change], sign[:-1][change]
-    for _ in range(50 if len(before) else 0):
-        middle = (low + high) / 2
-        below = _evaluate(series, middle, torch.cos).sign() == before
-        low, high = low.where(~below, middle), high.where(below, middle)
-    return (low + high) / 2, float(sign[0])
+    sums = _with_derivatives(series, 2)
+    r, slope, _ = torch.fft.ifft(sums, 2 * intervals, norm="forward")[:, : intervals + 1].real
+    least = ROUNDING * r.abs().max()
+    # an extreme may be beyond 0 where its neighbours are not
+    dips = (r[1:] * r[:-1] > least**2) & (r[:-1] * slope[:-1] < 0) & (r[1:] * slope[1:] > 0)
+    extremes = _crossings(sums[1:], grid[:-1][dips], grid[1:][dips], slope[:-1][dips], slope[1:][dips])
+    places, order = torch.cat([grid, extremes]).sort()
+    r = torch.cat([r, _evaluate(sums[:1], extremes)[0]])[order]
+    seen = r.abs() > least
+    places, r = places[seen], r[seen]
+    if not len(r):
+        return places, 0.0
+    change = r[1:].sign() != r[:-1].sign()
+    roots = _crossings(sums[:2], places[:-1][change], places[1:][change], r[:-1][change], r[1:][change])
+    return roots, float(r[0].sign())
+
+
+def _crossings(sums: Tensor, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
+    """Where a function, with its derivative (2, K), is 0 between places at which it has these values of two signs."""
+    place = low - at_low * (high - low) / (at_high - at_low)
+    for _ in range(60 if len(place) else 0):
+        value, slope = _evaluate(sums, place)
+        before = value.sign() == at_low.sign()
+        low, high = place.where(before, low), place.where(~before, high)
+        # Newton's method, or halves where it leads out
+        newton = place - value / slope
+        inside = (newton > low - CLOSE) & (newton < high + CLOSE)
+        last, place = place, newton.where(inside, (low + high) / 2)
+        if float((place - last).abs().max()) < CLOSE:
+            break
+    return place.clamp(0, 1)

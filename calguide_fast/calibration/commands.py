@@ -1,4 +1,4 @@
-"""What the command line's ``reliability`` and ``calibrate`` do: files in, figures and pictures out."""
+"""What the command line's ``reliability`` and ``calibrate`` do: predictions in, figures and pictures out."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-from calguide_fast.calibration.diagrams import calibration_diagram, reliability_diagram
-from calguide_fast.calibration.files import Predictions, read_predictions
+from calguide_fast.calibration.diagrams import calibration_diagram, noise_level_diagram, reliability_diagram
+from calguide_fast.calibration.files import Predictions
+from calguide_fast.calibration.inference import Classified
+from calguide_fast.calibration.noise_level import measure_by_noise_level
 from calguide_fast.calibration.predictions import measure_calibration
 from calguide_fast.calibration.reliability import reliability_curve
 from calguide_fast.calibration.temperature import TemperatureScaling
 from calguide_fast.calibration.vector import VectorScaling
+from calguide_fast.schedule import Schedule
 
 METHODS = ("temperature", "vector")
 
 
-def report_reliability(path: Path, picture: Path | None = None, bandwidth: float | None = None) -> dict[str, Any]:
-    """Measure a file's smooth ECE, accuracy and mean confidence, and draw the curve if asked for.
+def report_reliability(
+    found: Predictions, picture: Path | None = None, bandwidth: float | None = None
+) -> dict[str, Any]:
+    """Measure smooth ECE, accuracy and mean confidence of predictions, and draw the curve if asked for.
 
-    Raises FileNotFoundError, TypeError or ValueError as :func:`read_predictions` and :func:`reliability_curve`.
+    Raises TypeError or ValueError as :func:`reliability_curve`.
     """
-    found = read_predictions(path)
     curve = reliability_curve(found.confidence, found.correct, bandwidth)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -36,14 +40,27 @@ def report_reliability(path: Path, picture: Path | None = None, bandwidth: float
     }
 
 
-def report_calibration(
-    path: Path, method: str = "temperature", test_path: Path | None = None, picture: Path | None = None
+def report_noise_levels(
+    found: Classified, schedule: Schedule, picture: Path | None = None, bandwidth: float | None = None
 ) -> dict[str, Any]:
-    """Fit a scaling to a file's logits and measure it there and, if there is one, on a second file that is new to it.
+    """Measure the predictions of noised images at each level, and draw the figures over the levels if asked for."""
+    levels = measure_by_noise_level(list(found.logits), found.labels, schedule, found.timesteps, bandwidth)
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        noise_level_diagram(levels, path=picture)
+    columns = [column.tolist() for column in levels]
+    names = ("timestep", "sigma", *levels._fields[2:])
+    return {"noise_levels": [dict(zip(names, row)) for row in zip(*columns)], "samples": len(found.labels)}
 
-    Raises FileNotFoundError, TypeError or ValueError as :func:`read_predictions` and the scalings' ``fit``.
+
+def report_calibration(
+    found: Predictions, method: str = "temperature", test: Predictions | None = None, picture: Path | None = None
+) -> dict[str, Any]:
+    """Fit a scaling to logits and measure it there and, if there are any, on predictions that are new to it.
+
+    Raises TypeError or ValueError as the scalings' ``fit``, or where there are confidences alone.
     """
-    logits, labels = _logits(path, read_predictions(path))
+    logits, labels = _logits(found)
     scaling: TemperatureScaling | VectorScaling
     if method == "temperature":
         scaling = TemperatureScaling().fit(logits, labels)
@@ -63,8 +80,8 @@ def report_calibration(
     else:
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}")
     figures["fitted_on"] = _before_and_after(logits, labels, scaling)
-    if test_path is not None:
-        logits, labels = _logits(test_path, read_predictions(test_path))
+    if test is not None:
+        logits, labels = _logits(test)
         figures["tested_on"] = _before_and_after(logits, labels, scaling)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +89,11 @@ def report_calibration(
     return figures
 
 
-def _logits(path: Path, found: Predictions) -> tuple[Tensor, Tensor]:
+def _logits(found: Predictions) -> tuple[Tensor, Tensor]:
     if found.logits is None or found.labels is None:
-        raise ValueError(f"{path} holds confidences alone; to calibrate, logits or probabilities and labels are needed")
+        raise ValueError(
+            "the file holds confidences alone; to calibrate, logits or probabilities and labels are needed"
+        )
     return found.logits, found.labels
 
 

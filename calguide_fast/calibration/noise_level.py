@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,28 @@ class NoiseLevelCalibration(NamedTuple):
     accuracy: Tensor
     confidence: Tensor  # mean probability of the top label
     cross_entropy: Tensor  # nats
+
+
+class Noising:
+    """Images at K noise levels, x_t = √ᾱ_t x + √(1−ᾱ_t) ε; an image meets the same ε at each.
+
+    Args:
+        schedule: of ᾱ.
+        timesteps: the levels.
+        seed: of the noise, which depends on the image's index and the draw alone.
+    """
+
+    def __init__(self, schedule: Schedule, timesteps: Sequence[int], seed: int = 0) -> None:
+        self.timesteps, self.seed = list(timesteps), seed
+        self.bars = schedule.alphas_cumprod[self.timesteps].tolist()
+
+    def __call__(self, x: Tensor, first: int, draw: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(t, x_t) at each level for float32 images x (B, …), of which the first has the index `first`."""
+        seeds = as_seeds([(self.seed << 32) + index for index in range(first, first + len(x))], len(x)).to(x.device)
+        noise = sampling_noise(seeds, tuple(x.shape[1:]), draw)
+        for timestep, bar in zip(self.timesteps, self.bars):
+            t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+            yield t, math.sqrt(bar) * x + math.sqrt(1 - bar) * noise
 
 
 @torch.inference_mode(False)
@@ -97,21 +119,15 @@ def calibration_by_noise_level(
     if class_conditional is None:
         class_conditional = bool(getattr(model, "class_conditional", False))
 
-    timeline = schedule.respaced(schedule.num_timesteps)
-    coefficients = timeline.coefficients().to(images.device)
-    bars = schedule.alphas_cumprod[chosen].tolist()
+    coefficients = schedule.respaced(schedule.num_timesteps).coefficients().to(images.device)
     shown_labels = labels if null_class is None else torch.full_like(labels, null_class)
-    seeds = as_seeds([(seed << 32) + index for index in range(len(images))], len(images)).to(images.device)
+    noising = Noising(schedule, chosen, seed)
 
     logits: list[list[Tensor]] = [[] for _ in chosen]
     for draw in range(repeats):
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
-            x = images[batch].float()
-            noise = sampling_noise(seeds[batch], tuple(x.shape[1:]), draw)
-            for timestep, bar, found in zip(chosen, bars, logits):
-                x_t = math.sqrt(bar) * x + math.sqrt(1 - bar) * noise
-                t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+            for timestep, (t, x_t), found in zip(chosen, noising(images[batch].float(), start, draw), logits):
                 if input == "xt":
                     found.append(classifier(x_t, t))
                     continue
@@ -119,13 +135,23 @@ def calibration_by_noise_level(
                     output = model(x_t, t, y=shown_labels[batch]) if class_conditional else model(x_t, t)
                     x_t = predict_x0(x_t, output, coefficients[timestep], clip_denoised)
                 found.append(classifier(x_t if classifier_transform is None else classifier_transform(x_t)))
-    measured = [measure_calibration(torch.cat(found), labels.repeat(repeats)) for found in logits]
+    return measure_by_noise_level([torch.cat(found) for found in logits], labels.repeat(repeats), schedule, chosen)
+
+
+def measure_by_noise_level(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    bandwidth: float | None = None,
+) -> NoiseLevelCalibration:
+    """Calibration of logits (n, num_classes) at each of K timesteps; labels (n,); bandwidth: of the smooth ECE."""
+    measured = [measure_calibration(found, labels, bandwidth) for found in logits]
     figures = torch.tensor(
         [(m.smooth_ece, m.accuracy, m.confidence, m.cross_entropy) for m in measured], dtype=torch.float64, device="cpu"
     )
-    return NoiseLevelCalibration(
-        torch.tensor(chosen, device="cpu"), torch.from_numpy(timeline.sigmas[chosen]), *figures.unbind(1)
-    )
+    sigmas = schedule.respaced(schedule.num_timesteps).sigmas[list(timesteps)]
+    return NoiseLevelCalibration(torch.tensor(timesteps, device="cpu"), torch.from_numpy(sigmas), *figures.unbind(1))
 
 
 def _timesteps(timesteps: int | Sequence[int], count: int) -> list[int]:

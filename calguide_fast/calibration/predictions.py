@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calguide_fast.ops import checks
+from calguide_fast.ops import top_label as op
 from calguide_fast.ops.smooth_ece import smooth_ece
 
 
@@ -40,9 +41,9 @@ def top_label(logits: Tensor, labels: Tensor) -> TopLabel:
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, no samples, or (on a CPU) a label out of range.
     """
-    check_predictions(logits, labels)
-    confidence, predicted = widened(logits).softmax(1).max(1)
-    return TopLabel(confidence, predicted == labels)
+    _check_shape(logits)
+    confidence, _, correct = op.top_label(logits, labels)
+    return TopLabel(confidence, correct)
 
 
 @torch.no_grad()
@@ -71,16 +72,17 @@ def measure_calibration(logits: Tensor, labels: Tensor, bandwidth: float | None 
 
 def check_predictions(logits: Any, labels: Any) -> None:
     """Raise unless these are logits (n, num_classes) and labels (n,) of at least one sample, on one device."""
-    checks.floating("logits", logits)
-    if logits.ndim != 2 or 0 in logits.shape:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (n, num_classes), neither of them 0")
-    checks.shaped("labels", labels, tuple(logits.shape[:1]))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
-    checks.same_device("labels", labels, "logits", logits)
+    _check_shape(logits)
+    labels = checks.logits_and_labels(logits, labels)
     # on a GPU a look at the labels would be a wait
     if labels.device.type == "cpu":
         checks.check_labels(labels, logits.shape[1])
+
+
+def _check_shape(logits: Any) -> None:
+    checks.floating("logits", logits)
+    if logits.ndim != 2 or 0 in logits.shape:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (n, num_classes), neither of them 0")
 
 
 def widened(logits: Tensor) -> Tensor:

@@ -45,10 +45,13 @@ def load_split() -> tuple[Digits, Digits]:
     return Digits(images[train], labels[train]), Digits(images[test], labels[test])
 
 
-def few_labels(digits: Digits, count: int) -> Digits:
-    """The first `count` digits, `count / 10` of each class: what the guide classifiers are trained on."""
-    each = count // CLASSES
-    kept = torch.cat([torch.nonzero(digits.labels == digit)[:each, 0] for digit in range(CLASSES)])
+def few_labels(digits: Digits, count: int, skip: int = 0) -> Digits:
+    """The first `count` digits after the first `skip`, a tenth of either from each class.
+
+    The first 300 are what the guide classifiers are trained on.
+    """
+    own = slice(skip // CLASSES, (skip + count) // CLASSES)
+    kept = torch.cat([torch.nonzero(digits.labels == digit)[own, 0] for digit in range(CLASSES)])
     return Digits(digits.images[kept], digits.labels[kept])
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calguide_fast.demo import checkpoints
 from calguide_fast.demo.data import CLASSES, Digits, few_labels, load_split
@@ -20,6 +21,11 @@ from calguide_fast.guidance import Guidance
 from calguide_fast.models import UNet
 from calguide_fast.sampler import FDivSampler, Step
 from calguide_fast.samples import Samples
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Row = TypeVar("Row", bound="DataclassInstance")
 
 SEEDS_APART = 1_000_000  # between the first image seeds of two runs
 
@@ -62,9 +68,9 @@ class Figures:
     gradient_norm: float  # mean over steps and images, before the scale; 0 without guidance
 
 
-def summarise(runs: Sequence[Figures], statistic: Callable[[list[float]], float]) -> Figures:
-    """A statistic of each figure over several runs."""
-    return Figures(*(statistic(list(values)) for values in zip(*map(astuple, runs), strict=True)))
+def summarise(runs: Sequence[Row], statistic: Callable[[list[float]], float]) -> Row:
+    """A statistic of each figure over several runs, which are dataclasses of numbers."""
+    return type(runs[0])(*(statistic(list(values)) for values in zip(*map(astuple, runs), strict=True)))
 
 
 def class_cycle(count: int) -> Tensor:
@@ -72,11 +78,18 @@ def class_cycle(count: int) -> Tensor:
     return torch.arange(count) % CLASSES
 
 
-def draw(lab: Lab, method: Method, run: int, count: int, steps: str, batch_size: int) -> tuple[Samples, float]:
-    """`count` digits of all classes in turn, and the seconds it took. Every method gets the same seeds in one `run`."""
+def draw(
+    lab: Lab, method: Method, run: int, count: int, steps: str, batch_size: int, guide: nn.Module | None = None
+) -> tuple[Samples, float]:
+    """`count` digits of all classes in turn, and the seconds it took. Every method gets the same seeds in one `run`.
+
+    A method that guides does so by the classifier it names, or by `guide` if that is given.
+    """
     settings = method.sampler_settings()
-    guide = None if settings["guidance"] is None else lab.guides[method.overconfident]
-    sampler = FDivSampler(lab.unet, guide, num_classes=CLASSES, **settings)
+    if guide is None:
+        guide = lab.guides[method.overconfident]
+    classifier = None if settings["guidance"] is None else guide
+    sampler = FDivSampler(lab.unet, classifier, num_classes=CLASSES, **settings)
     seeds = torch.arange(count) + run * SEEDS_APART
     start = time.perf_counter()
     samples = sampler.sample(class_cycle(count), seeds=seeds, steps=steps, batch_size=batch_size, progress=False)
@@ -120,23 +133,33 @@ class GradientTrace:
     norms: dict[str, dict[str, list[list[float]]]]  # [classifier][term] -> K × (lower quartile, median, upper quartile)
 
 
-def trace_gradients(lab: Lab, count: int, run: int, steps: str) -> GradientTrace:
-    """Measure each term of the score at the x̂₀ that an unguided sampler passes through."""
+def trace_gradients(
+    lab: Lab,
+    count: int,
+    run: int,
+    steps: str,
+    classifiers: Mapping[str, nn.Module] | None = None,
+    terms: Mapping[str, Guidance] = TERMS,
+) -> GradientTrace:
+    """Measure each term of the score at the x̂₀ that an unguided sampler passes through.
+
+    The classifiers are those given by name, or else the guide and its overconfident twin.
+    """
     labels = class_cycle(count)
-    names = {False: "guide", True: "overconfident twin"}
+    classifiers = classifiers or {"guide": lab.guides[False], "overconfident twin": lab.guides[True]}
     timesteps: list[int] = []
-    doubt: dict[str, list[float]] = {name: [] for name in names.values()}
-    norms: dict[str, dict[str, list[list[float]]]] = {name: {term: [] for term in TERMS} for name in names.values()}
-    doubles = {twin: copy.deepcopy(guide).double() for twin, guide in lab.guides.items()}
+    doubt: dict[str, list[float]] = {name: [] for name in classifiers}
+    norms: dict[str, dict[str, list[list[float]]]] = {name: {term: [] for term in terms} for name in classifiers}
+    doubles = {name: copy.deepcopy(classifier).double() for name, classifier in classifiers.items()}
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
     def watch(step: Step) -> None:
         assert step.x0 is not None  # classified at every step, as there is no interval
-        timesteps.append(step.timestep)
-        for twin, name in names.items():
-            for term, guidance in TERMS.items():
+        timesteps.append(int(step.timestep))
+        for name, classifier in doubles.items():
+            for term, guidance in terms.items():
                 # float64, for a gradient that vanishes is a small difference
-                found = guidance.image_gradient(doubles[twin], step.x0.double(), labels)
+                found = guidance.image_gradient(classifier, step.x0.double(), labels)
                 norm = torch.linalg.vector_norm(found.gradient.flatten(1), dim=1)
                 norms[name][term].append(norm.quantile(quartiles).tolist())
             assert found.stats is not None

@@ -12,6 +12,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
+from calguide_fast.calibration import measure_calibration, reliability_diagram, top_label
+from calguide_fast.demo.calibration import ARMS, TRACED, Study
 from calguide_fast.demo.data import IMAGE_SIZE
 from calguide_fast.demo.experiment import GradientTrace
 from calguide_fast.demo.methods import METHODS
@@ -96,6 +98,37 @@ def gradient_plot(trace: GradientTrace, path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=10)
     figure.suptitle(
         "Each term's gradient by itself, where an unguided sampler passes through (median over images)", fontsize=12
+    )
+    figure.savefig(path)
+
+
+def calibration_panels(study: Study, labels: Tensor, path: Path) -> None:
+    """Write the reliability diagram of every arm's first classifier, and how its guidance fades along the path.
+
+    Args:
+        study: whose logits (n, 10) are drawn.
+        labels: (n,) of the test digits.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(15, 11), dpi=100, layout="constrained")
+    *panels, last = figure.subplots(2, 3).flat
+    measured = {arm: measure_calibration(logits, labels) for arm, logits in study.logits.items()}
+    # smoothed alike: at its own bandwidth the better calibrated would look the rougher
+    bandwidth = max(each.bandwidth for each in measured.values())
+    for color, panel, (arm, title) in zip(_COLORS[2:], panels, ARMS.items()):
+        reliability_diagram(*top_label(study.logits[arm], labels), axes=panel, color=color, bandwidth=bandwidth)
+        smooth_ece, accuracy, confidence = measured[arm].smooth_ece, measured[arm].accuracy, measured[arm].confidence
+        figures = f"smECE {smooth_ece:.3f}, accuracy {accuracy:.1%}, mean confidence {confidence:.1%}"
+        panel.set_title(f"{title}\n{figures}", fontsize=11)
+        medians = [median for _, median, _ in study.trace.norms[title][TRACED]]
+        last.semilogy(range(1, len(medians) + 1), medians, color=color, linewidth=2, label=title)
+    _finish(last, f"What is left of the gradient of {TRACED}", "step, from noise to image", "norm (median over images)")
+    last.margins(y=0.25)  # where the legend goes
+    last.legend(fontsize=9, loc="upper right")
+    figure.suptitle(
+        f"One overconfident classifier and its repairs: reliability on {len(labels)} test digits (smoothed alike, "
+        f"σ = {bandwidth:.3f}), and the gradient where an unguided sampler passes",
+        fontsize=13,
     )
     figure.savefig(path)
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import calguide_fast
+from calguide_fast.demo import calibration_report
+from calguide_fast.demo.calibration import Study
 from calguide_fast.demo.checkpoints import SOFTPLUS_BETA
 from calguide_fast.demo.experiment import Figures, GradientTrace, summarise
 from calguide_fast.demo.methods import ALPHA, EPSILON, Method
@@ -52,6 +54,7 @@ def write(
     floor: Figures,
     sweep: Sweep,
     trace: GradientTrace,
+    study: Study | None,
     seconds: float,
 ) -> None:
     """Write `folder`/results.json and `folder`/results.md."""
@@ -81,11 +84,11 @@ def write(
         ],
         "sweep": sweep,
         "gradients": asdict(trace),
+        "calibration": None if study is None else calibration_report.results(study),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(
-        _markdown(plan, methods, measured, floor, sweep, trace, seconds), encoding="utf-8"
-    )
+    text = _markdown(plan, methods, measured, floor, sweep, trace, study, seconds)
+    (folder / "results.md").write_text(text, encoding="utf-8")
 
 
 def _settings(method: Method) -> dict[str, object] | None:
@@ -100,6 +103,7 @@ def _markdown(
     floor: Figures,
     sweep: Sweep,
     trace: GradientTrace,
+    study: Study | None,
     seconds: float,
 ) -> str:
     runs = f"{plan.runs} runs of {plan.images} images (mean ± standard deviation over runs)"
@@ -109,7 +113,9 @@ def _markdown(
         f"and labels for every method, {seconds:.0f} s in all. "
         "Look at `contact_sheet.png` first, at `rescued.png` for what guidance mends, at `grids/` for a hundred digits "
         "of each method, at `gradient_norms.png` for what saturates"
-        + (", and at `frontier.png` for the sweep." if sweep else "."),
+        + (", at `frontier.png` for the sweep" if sweep else "")
+        + (", at `calibration.png` for what calibration mends" if study else "")
+        + ".",
         _table(plan, methods, measured, floor),
         "**Fréchet** distance to the 500 test digits (lower is better; in brackets to the 1297 training digits), "
         "**precision** and **recall** (k = 3) against the test digits, all on 64 features of a network that guides "
@@ -124,6 +130,8 @@ def _markdown(
     ]
     if sweep:
         parts += ["## The sweep", _sweep_table(methods, sweep)]
+    if study:
+        parts.append(calibration_report.section(study))
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calguide_fast.demo import checkpoints, pictures, report
+from calguide_fast.demo.calibration import CalibrationPlan, study_calibration
 from calguide_fast.demo.data import CLASSES
 from calguide_fast.demo.experiment import (
     Figures,
@@ -41,10 +42,11 @@ class Plan:
     batch_size: int = 200
     traced: int = 200  # images whose gradients are traced
     tuned: int = 0  # images for each strength of the sweep; 0 keeps the strengths that an earlier sweep chose
+    calibration: CalibrationPlan | None = None
 
 
 QUICK = Plan()
-FULL = Plan(images=2000, runs=3, tuned=1000)
+FULL = Plan(images=2000, runs=3, tuned=1000, calibration=CalibrationPlan())
 SHOWN = 2 * CLASSES
 
 
@@ -63,7 +65,8 @@ def run_demo(
 
     Args:
         out_dir: the folder to write to.
-        full: three runs of 2,000 images, at strengths chosen anew by a sweep of six for every method.
+        full: three runs of 2,000 images, at strengths chosen anew by a sweep of six for every method; and what
+            calibrating an overconfident classifier does to its guidance.
         plan: how much to sample, in place of the two above.
         methods: what to compare.
         assets: where the checkpoints lie.
@@ -109,8 +112,12 @@ def _run(
     pictures.gradient_plot(trace, folder / "gradient_norms.png")
     _save_contact_sheet(lab, methods, first, measured, floor, plan, folder / "contact_sheet.png")
     _save_rescued(lab, methods, first, folder / "rescued.png")
+    study = None
+    if plan.calibration:
+        study = study_calibration(lab, plan.calibration, pool, say)
+        pictures.calibration_panels(study, lab.test.labels, folder / "calibration.png")
     took = time.perf_counter() - start
-    report.write(folder, plan, methods, measured, floor, sweep, trace, took)
+    report.write(folder, plan, methods, measured, floor, sweep, trace, study, took)
     say(f"done in {took:.0f} s: look at {folder / 'contact_sheet.png'} and {folder / 'results.md'}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -50,7 +51,11 @@ class ClassifierRecipe:
     width: int = 24
     batch_size: int = 100
     seed: int = 0
+    softplus_beta: float | None = None  # None for ReLU
 
+
+# layers draw their first weights from one stream that all threads share
+_INITIALISING = threading.Lock()
 
 UNET = DiffusionRecipe()
 GUIDE = ClassifierRecipe(300, epochs=400, learning_rate=5e-3, weight_decay=1e-2, augment=True, noise=0.5)
@@ -135,12 +140,12 @@ def train_diffusion(
 
 
 def train_classifier(digits: Digits, recipe: ClassifierRecipe, name: str, progress: bool = True) -> DigitClassifier:
-    """Train a classifier of clean digits on the first `recipe.labels` of them."""
+    """Train a classifier of clean digits on the first `recipe.labels` of them; several threads may do so at once."""
     if recipe.labels < len(digits.labels):
         digits = few_labels(digits, recipe.labels)
-    with torch.random.fork_rng(devices=[]):
+    with _INITIALISING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        classifier = DigitClassifier(recipe.width)
+        classifier = DigitClassifier(recipe.width, softplus_beta=recipe.softplus_beta)
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batches = math.ceil(len(digits.labels) / recipe.batch_size)

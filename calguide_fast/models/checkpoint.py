@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 WRAPPERS = ("state_dict", "model")
 PARALLEL_PREFIX = "module."
 SHOWN = 5
+AGAIN = "Was it copied or downloaded whole?"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,35 +36,80 @@ def load_checkpoint(module: Module, path: str | os.PathLike[str], strict: bool =
         ValueError: if the file is damaged, holds no state dict, needs code to be run, or does not fit the module; the
             message names some of the keys and shapes that do not fit.
     """
+    return load_state(module, read_state(path), path, strict)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a file by their names, unwrapped, on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`, but for what depends on the module.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    return _state_dict(_read(path), path)
+
+
+def load_state(
+    module: Module, state: Mapping[str, Tensor], path: str | os.PathLike[str], strict: bool = True
+) -> Module:
+    """Load weights that were read from `path`; the rest is as in `load_checkpoint`."""
     own = module.state_dict()
-    state = _state_dict(_read(path), path)
-    for key, value in own.items():
-        # a counter of training steps, absent from files older than it; inference never reads it
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, torch.zeros((), dtype=value.dtype) if value.is_meta else value)
-
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shared = [key for key in own if key in state]
-    misshapen = [key for key in shared if state[key].shape != own[key].shape]
+    state = _with_counters(own, state)
+    found = _compare(own, state)
     to_meta = any(value.is_meta for value in own.values())
-    if misshapen or (strict and (missing or unexpected)) or (to_meta and missing):
-        problems = [
-            _some("missing", [f"{key} {tuple(own[key].shape)}" for key in missing]),
-            _some("unexpected", [f"{key} {tuple(state[key].shape)}" for key in unexpected]),
-            _some(
-                "of another shape",
-                [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in misshapen],
-            ),
-        ]
-        raise ValueError(f"{path} does not fit {type(module).__name__}: " + "; ".join(filter(None, problems)))
-
-    weights = {key: state[key].to(own[key].dtype) for key in shared}
+    if found.misshapen or (strict and (found.missing or found.unexpected)) or (to_meta and found.missing):
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__}: {found.described(own, state)}. Is it of the same "
+            "architecture, size and number of classes?"
+        )
+    weights = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
     module.load_state_dict(weights, strict=strict, assign=to_meta)
     return module
+
+
+def misfits(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether these weights lack some of the module's, have others, or have them in another shape."""
+    own = module.state_dict()
+    return any(_compare(own, _with_counters(own, state)))
+
+
+class _Differences(NamedTuple):
+    """Keys in which weights differ from a module's own."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def described(self, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+        problems = [
+            _some("missing", [f"{key} {tuple(own[key].shape)}" for key in self.missing]),
+            _some("unexpected", [f"{key} {tuple(state[key].shape)}" for key in self.unexpected]),
+            _some(
+                "of another shape",
+                [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in self.misshapen],
+            ),
+        ]
+        return "; ".join(filter(None, problems))
+
+
+def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> _Differences:
+    return _Differences(
+        missing=[key for key in own if key not in state],
+        unexpected=[key for key in state if key not in own],
+        misshapen=[key for key in own if key in state and state[key].shape != own[key].shape],
+    )
+
+
+def _with_counters(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With a counter of training steps where a file older than it has none; inference never reads it."""
+    counters = {
+        key: torch.zeros((), dtype=value.dtype) if value.is_meta else value
+        for key, value in own.items()
+        if key.endswith("num_batches_tracked")
+    }
+    return {**counters, **state}
 
 
 def _read(path: Path) -> Any:
@@ -74,7 +120,7 @@ def _read(path: Path) -> Any:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a readable safetensors file: {error}. {AGAIN}") from error
     # opened first, so that a file one may not read is not taken for a damaged one
     with path.open("rb") as file:
         try:
@@ -85,7 +131,7 @@ def _read(path: Path) -> Any:
                 "it, save its state_dict() alone, with torch.save or as safetensors, and load that file"
             ) from error
         except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+            raise ValueError(f"{path} is not a readable checkpoint: {error}. {AGAIN}") from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -55,3 +55,36 @@ def shaped(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+
+
+def logits_and_labels(logits: Any, labels: Any) -> Tensor:
+    """The labels as int64, unless logits are not (B, C) of a floating dtype or labels not (B,) integers beside them.
+
+    Raises:
+        TypeError: not tensors, or a wrong dtype.
+        ValueError: a wrong shape, or two devices.
+    """
+    # one look at what is nearly always right; what is wrong is told apart afterwards
+    if (
+        isinstance(logits, Tensor)
+        and logits.dtype in FLOAT_DTYPES
+        and isinstance(labels, Tensor)
+        and labels.dtype is torch.int64
+        and labels.ndim == 1
+        and logits.ndim == 2
+        and labels.shape[0] == logits.shape[0]
+        and logits.shape[1] != 0
+        and labels.device == logits.device
+    ):
+        return labels
+    floating("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C) with at least one class")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
+    if labels.ndim != 1 or labels.shape[0] != logits.shape[0]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({logits.shape[0]},), one for each row")
+    same_device("labels", labels, "logits", logits)
+    return labels.long()

@@ -12,7 +12,7 @@ from torch.utils._pytree import register_pytree_node
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, leading
 from calguide_fast.ops.divergences import infinite_on_zeros, parse_divergence
 
 LIBRARY.define(
@@ -268,51 +268,20 @@ class _Score(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor, settings: Settings) -> Any:
         # images are independent, so the mapped dimension is just more of them
         n = info.batch_size
-        logits = _leading(logits, in_dims[0], n)
-        labels = _leading(labels, in_dims[1], n)
+        logits = leading(logits, in_dims[0], n)
+        labels = leading(labels, in_dims[1], n)
         score, grad = _Score.apply(logits.flatten(0, 1), labels.flatten(0, 1), settings)
         return (score.unflatten(0, (n, -1)), grad.unflatten(0, (n, -1))), (0, 0)
 
 
-def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
 def _check_inputs(logits: Tensor, labels: Tensor, out: Tensor | None) -> Tensor:
-    # one look at what is nearly always right; what is wrong is told apart afterwards
-    if (
-        not isinstance(logits, Tensor)
-        or logits.dtype not in checks.FLOAT_DTYPES
-        or not isinstance(labels, Tensor)
-        or labels.dtype is not torch.int64
-        or labels.ndim != 1
-        or logits.ndim != 2
-        or labels.shape[0] != logits.shape[0]
-        or logits.shape[1] == 0
-        or labels.device != logits.device
-    ):
-        labels = _corrected_labels(logits, labels)
+    labels = checks.logits_and_labels(logits, labels)
     if out is not None:
         checks.shaped("out", out, logits.shape)
         checks.same_device("out", out, "logits", logits)
         if out.dtype != logits.dtype or not out.is_contiguous():
             raise ValueError(f"out must be contiguous and of dtype {logits.dtype}, like the logits")
     return labels
-
-
-def _corrected_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """The labels as int64, or the error that says what is wrong."""
-    checks.floating("logits", logits)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C) with at least one class")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
-    if labels.ndim != 1 or labels.shape[0] != logits.shape[0]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({logits.shape[0]},), one for each row")
-    checks.same_device("labels", labels, "logits", logits)
-    return labels.long()
 
 
 def _stats_dtype(tensor: Tensor) -> torch.dtype:
@@ -333,7 +302,7 @@ def _fake(logits: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, Tenso
 @torch.library.register_vmap("calguide_fast::guidance_gradient", lib=LIBRARY)
 def _vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor, *settings: Any) -> Any:
     n = info.batch_size
-    logits = _leading(logits, in_dims[0], n)
-    labels = _leading(labels, in_dims[1], n)
+    logits = leading(logits, in_dims[0], n)
+    labels = leading(labels, in_dims[1], n)
     grad, stats = torch.ops.calguide_fast.guidance_gradient(logits.flatten(0, 1), labels.flatten(0, 1), *settings)
     return (grad.unflatten(0, (n, -1)), stats.unflatten(1, (n, -1))), (0, 1)

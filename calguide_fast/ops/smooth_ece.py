@@ -11,7 +11,8 @@ from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
 from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, may_be_differentiated
+from calguide_fast.ops.top_label import top_label
 
 LIBRARY.define(
     "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_gradient) "
@@ -66,8 +67,8 @@ def smooth_ece(
     arXiv 2309.12236. A mass of confidences at exactly 0 or 1 counts in full.
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
-    if _may_be_differentiated(confidence):
-        return SmoothECE(*_Differentiable.apply(confidence, correct, weights, sigma)[:2])
+    if may_be_differentiated(confidence):
+        return SmoothECE(*applied(_Differentiable, confidence, correct, weights, sigma)[:2])
     stats, _ = _measure(confidence, correct, weights, sigma, False)
     return SmoothECE(stats[0], stats[1])
 
@@ -81,8 +82,8 @@ def smooth_ece_from_logits(
 ) -> SmoothECE:
     """The smooth ECE of a classifier: of its top probability, or the mean over its classes.
 
-    The softmax, the top class and its correctness are composed of PyTorch's own ops around :func:`smooth_ece`, and the
-    classes are measured one after the other.
+    Softmax, top class and correctness are taken in one pass over the logits. Classwise, the classes are measured one
+    after the other.
 
     Args:
         logits: (n, C), float32, bfloat16, float16 or float64; the result is differentiable in them.
@@ -96,21 +97,20 @@ def smooth_ece_from_logits(
         ``SmoothECE(value, bandwidth)``; classwise, both are means over the classes.
 
     Raises:
-        TypeError, ValueError: as :func:`smooth_ece`; on the CPU also labels outside 0..C−1.
+        TypeError, ValueError: as :func:`smooth_ece`; on the CPU also labels outside 0..C−1, which on a GPU give NaN.
     """
     checks.floating("logits", logits)
     if logits.ndim != 2 or not logits.numel():
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (n, C), both at least 1")
-    checks.shaped("labels", labels, (logits.shape[0],))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
-    checks.same_device("labels", labels, "logits", logits)
-    if labels.device.type == "cpu" and is_direct(labels):
-        checks.check_labels(labels, logits.shape[1])
-    p = torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
     if not classwise:
-        confidence, top = p.max(1)
-        return smooth_ece(confidence, top == labels, bandwidth, weights)
+        confidence, _, correct = top_label(logits, labels)
+        return smooth_ece(confidence, correct, bandwidth, weights)
+    labels = checks.logits_and_labels(logits, labels)
+    p = torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
+    if labels.device.type != "cpu":
+        p = p.masked_fill(((labels < 0) | (labels >= logits.shape[1]))[:, None], torch.nan)
+    elif is_direct(labels):
+        checks.check_labels(labels, logits.shape[1])
     each = [smooth_ece(p_c, labels == c, bandwidth, weights) for c, p_c in enumerate(p.unbind(1))]
     return SmoothECE(
         torch.stack([found.value for found in each]).mean(), torch.stack([found.bandwidth for found in each]).mean()
@@ -133,18 +133,6 @@ def _check_inputs(confidence: Tensor, correct: Tensor, bandwidth: float | None, 
     return 0.0 if bandwidth is None else checks.number("bandwidth", bandwidth, low=LEAST_BANDWIDTH)
 
 
-def _may_be_differentiated(confidence: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if confidence.requires_grad or torch.compiler.is_compiling():
-        return confidence.requires_grad
-    # vmap hides what a transform around it requires
-    return any(level.key() in _DIFFERENTIATING for level in torch._C._functorch.get_interpreter_stack() or ())
-
-
-_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-
-
 class _Differentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -158,10 +146,15 @@ class _Differentiable(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(output[2])
         ctx.dtype = inputs[0].dtype
+        if not torch.compiler.is_compiling():
+            # no zeros for the outputs that have no gradient
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, value_grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
+        if value_grad is None:
+            return None, None, None, None
         (grad,) = ctx.saved_tensors
         return (value_grad * grad).to(ctx.dtype), None, None, None
 

@@ -1,5 +1,6 @@
 #include "cpu/guidance.h"
 
+#include "cpu/labels.h"
 #include "read_arguments.h"
 
 namespace calguide {
@@ -12,10 +13,8 @@ void run(const GuidanceArguments& arguments, int threads) { CALGUIDE_DISPATCH(gu
 
 // Returns the first row whose label is out of range, having written nothing, or -1.
 int64_t guide(int threads, const GuidanceArguments& arguments) {
-  for (int64_t b = 0; b < arguments.batch; ++b) {
-    const int64_t label = arguments.labels[b * arguments.label_stride];
-    if (label < 0 || label >= arguments.classes) return b;
-  }
+  const int64_t bad_row = first_bad_label(arguments);
+  if (bad_row >= 0) return bad_row;
   if (arguments.batch * arguments.classes > long_call) {
     pybind11::gil_scoped_release release;
     run(arguments, threads);

@@ -3,8 +3,10 @@
 
 #include "cuda/guidance.h"
 #include "cuda/place.h"
+#include "cuda/smooth_ece.h"
 #include "cuda/step.h"
 #include "cuda/tilt.h"
+#include "cuda/top_label.h"
 #include "read_arguments.h"
 
 #ifndef CALGUIDE_CUDA_MACHINE_CODE
@@ -33,6 +35,15 @@ void launch_at(PyObject* pair, const Launch& launch) {
 int64_t guide(const py::tuple& pair, const GuidanceArguments& arguments) {
   launch_at(pair.ptr(), [&](const Place& place) { launch_guidance_gradient(arguments, place); });
   return -1;
+}
+
+int64_t label(const py::tuple& pair, const TopLabelArguments& arguments) {
+  launch_at(pair.ptr(), [&](const Place& place) { launch_top_label(arguments, place); });
+  return -1;
+}
+
+void pull(const py::tuple& pair, const TopLabelBackwardArguments& arguments) {
+  launch_at(pair.ptr(), [&](const Place& place) { launch_top_label_backward(arguments, place); });
 }
 
 void tilt_weights(const py::tuple& pair, uintptr_t scores, int64_t stride, int64_t count, double tilt,
@@ -81,6 +92,21 @@ PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
     const StepArguments arguments = read_predict_x0(in);
     if (PyErr_Occurred()) return;
     launch_at(pair, [&](const Place& place) { launch_predict_x0(arguments, place); });
+  });
+}
+
+void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, uintptr_t weights, int64_t count,
+                bool wide, double bandwidth, uintptr_t stats, uintptr_t grad, uintptr_t scratch) {
+  const SmoothEceArguments arguments = {reinterpret_cast<const void*>(confidence),
+                                        reinterpret_cast<const uint8_t*>(correct),
+                                        reinterpret_cast<const void*>(weights),
+                                        count,
+                                        wide,
+                                        bandwidth,
+                                        reinterpret_cast<void*>(stats),
+                                        reinterpret_cast<void*>(grad)};
+  launch_at(pair.ptr(), [&](const Place& place) {
+    launch_smooth_ece(arguments, reinterpret_cast<SmoothEceScratch*>(scratch), place);
   });
 }
 
@@ -146,8 +172,13 @@ PYBIND11_MODULE(_cuda, module) {
   static PyMethodDef methods[] = {positional("guided_step", &guided_step), positional("predict_x0", &predict_x0), {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("guidance_gradient", guidance_function<py::tuple>(&guide));
+  module.def("top_label", top_label_function<py::tuple>(&label));
+  module.def("top_label_backward", top_label_backward_function<py::tuple>(&pull));
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
+  module.def("smooth_ece", &smooth_ece);
+  // doubles that every call of smooth_ece needs to itself
+  module.attr("smooth_ece_scratch") = sizeof(SmoothEceScratch) / sizeof(double);
   module.def("unavailable", &unavailable);
   module.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
 }

@@ -28,6 +28,19 @@ CALGUIDE_DEVICE Real warp_max(Real value) {
   return value;
 }
 
+// One thread, which has the row to itself.
+struct ThreadGroup {
+  static constexpr int size = 1;
+
+  CALGUIDE_MEMBER int rank() const { return 0; }
+  template <int N, class Real>
+  CALGUIDE_MEMBER void sum(Real (&)[N]) const {}
+  template <class Real>
+  CALGUIDE_MEMBER Real max(Real value) const {
+    return value;
+  }
+};
+
 // One warp, along x.
 struct WarpGroup {
   static constexpr int size = warp_size;
@@ -42,6 +55,11 @@ struct WarpGroup {
   CALGUIDE_MEMBER Real max(Real value) const {
     return warp_max(value);
   }
+};
+
+// What an operation makes of the values of the threads before one, and of all threads.
+struct Scan {
+  int before, all;
 };
 
 // A whole block of THREADS along x.
@@ -86,6 +104,27 @@ struct BlockGroup {
     }
     __syncthreads();
     return value;
+  }
+
+  // none: what the operation makes of no values
+  template <class Operation>
+  CALGUIDE_MEMBER Scan scan(int value, int none, const Operation& operation) const {
+    const int lane = rank() % warp_size;
+    for (int distance = 1; distance < warp_size; distance *= 2) {
+      const int other = __shfl_up_sync(all_lanes, value, distance);
+      if (lane >= distance) value = operation(other, value);
+    }
+    const int lanes_before = __shfl_up_sync(all_lanes, value, 1);
+    const double last[1] = {static_cast<double>(__shfl_sync(all_lanes, value, warp_size - 1))};
+    share(last);
+    Scan scan = {none, none};
+    for (int warp = 0; warp < warps; ++warp) {
+      if (warp == rank() / warp_size) scan.before = scan.all;
+      scan.all = operation(scan.all, static_cast<int>(scratch[warp]));
+    }
+    if (lane > 0) scan.before = operation(scan.before, lanes_before);
+    __syncthreads();
+    return scan;
   }
 
  private:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,12 @@ def test_a_classifier_learns_from_few_labels():
     recipe = ClassifierRecipe(100, epochs=40, learning_rate=1e-2, weight_decay=0.0, augment=True, noise=0.2)
     classifier = train_classifier(train, recipe, "classifier", progress=False)
     assert measure_classifier(classifier, test)["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("beta, kind", [(None, torch.nn.ReLU), (3.0, torch.nn.Softplus)])
+def test_a_classifier_is_trained_with_the_activation_of_its_recipe(beta, kind):
+    classifier = train_classifier(load_split()[0], replace(TINY, epochs=1, softplus_beta=beta), "", progress=False)
+    assert sum(isinstance(module, kind) for module in classifier.modules()) == 4
 
 
 def test_all_four_checkpoints_are_written_and_read_back(tmp_path, monkeypatch):

@@ -31,8 +31,18 @@ def load_backend(library: Path) -> ModuleType:
     ):
         spec.loader.exec_module(module)
     module._kernels.place = lambda tensor: (0, 0)
-    for name in ("guidance_gradient", "tilt_weights", "predict_x0", "guided_step", "philox_normal"):
-        setattr(module, name, getattr(module._kernels, name))
+    for name in (
+        "guidance_gradient",
+        "tilt_weights",
+        "predict_x0",
+        "guided_step",
+        "philox_normal",
+        "top_label",
+        "top_label_backward",
+        "smooth_ece",
+    ):
+        # there is no device to make the current one
+        setattr(module, name, getattr(module, name).__wrapped__)
     module.emulator = build.Emulator(library)
     return module
 
@@ -45,5 +55,6 @@ def emulated_backend() -> ModuleType:
 def serve_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `use_backend("cuda")` compute CPU tensors by emulation."""
     kernel_dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
-    monkeypatch.setitem(backends._SPECS, "cuda", backends._Spec(frozenset({"cpu"}), kernel_dtypes, frozenset()))
+    spec = backends._Spec(frozenset({"cpu"}), kernel_dtypes, frozenset(), frozenset({"smooth_ece"}))
+    monkeypatch.setitem(backends._SPECS, "cuda", spec)
     monkeypatch.setitem(backends._loaded, "cuda", emulated_backend())

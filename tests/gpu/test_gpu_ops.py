@@ -14,10 +14,20 @@ import torch
 from formulas import NAMES, assert_near, literal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calguide_fast import guidance_gradient, guidance_score, guided_step, predict_x0, tilt_weights, use_backend
+from calguide_fast import (
+    guidance_gradient,
+    guidance_score,
+    guided_step,
+    predict_x0,
+    smooth_ece,
+    tilt_weights,
+    use_backend,
+)
 from calguide_fast.ops._library import is_direct
 from calguide_fast.ops.guidance import guidance_settings
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.ops.smooth_ece import smooth_ece_from_logits
+from calguide_fast.ops.top_label import _gradient, top_label
 from calguide_fast.schedule import Schedule
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +71,9 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     given = guided_step(x_t, output, row, gradient, noise=noise, **options)
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score, tilt=0.3, method="ddim")
     drawn = sampling_noise(seeds, (3, 8, 8), 4)
-    return found.grad, found.score, found.divergence, weights, x0, last, given, seeded, drawn, running + 0
+    confidence, top, correct = top_label(logits, labels)
+    labelled = confidence, _gradient(confidence, logits, confidence, top), top.float(), correct.float()
+    return found.grad, found.score, found.divergence, weights, x0, last, given, seeded, drawn, running + 0, *labelled
 
 
 def test_results_are_the_cpus_to_rounding(kernels):
@@ -103,6 +115,34 @@ def test_a_label_out_of_range_gives_a_row_of_nan(label, kernels):
         assert torch.equal(value[good], wanted)
     with use_backend("reference"), pytest.raises(ValueError, match=rf"labels\[2\]={label} is out of range"):
         guidance_gradient(logits, labels)
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (140_001, 10), (4097, 33), (300, 1000), (65, 1025), (33, 21843), (9, 70001)])
+def test_top_label_is_softmaxs(shape, kernels):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits, labels = (torch.randn(shape) * 3).to(dtype), torch.randint(shape[1], shape[:1])
+        labels[::2] = logits[::2].argmax(1)
+        leaf = logits.cuda().requires_grad_()
+        with no_waiting():
+            confidence, top, correct = top_label(leaf, labels.cuda())
+            (grad,) = torch.autograd.grad(confidence.sum(), leaf)
+        assert torch.equal(top.cpu(), logits.argmax(1)) and torch.equal(correct.cpu(), logits.argmax(1) == labels)
+        p = logits.double().softmax(1)
+        expected = p.max(1).values
+        assert_near(confidence.detach().cpu(), expected, 1e-6)
+        onehot = torch.nn.functional.one_hot(top.cpu(), shape[1])
+        assert_near(grad.cpu(), expected[:, None] * (onehot - p), 1e-6)
+
+
+def test_a_label_out_of_range_leaves_no_confidence(kernels):
+    logits = torch.randn(50, 4, device="cuda")
+    labels = torch.randint(4, (50,), device="cuda")
+    labels[7] = 4
+    with no_waiting():
+        confidence, _, correct = top_label(logits, labels)
+    assert torch.equal(confidence.isnan().nonzero().flatten().cpu(), torch.tensor([7])) and not correct[7]
+    for classwise in (False, True):
+        assert smooth_ece_from_logits(logits, labels, classwise=classwise).value.isnan()
 
 
 def test_no_op_waits_for_the_device(kernels):
@@ -189,6 +229,11 @@ def test_opcheck(kernels):
     step = (t["x_t"], t["output"], t["row"], t["gradient"], None, None, t["noise"], None)
     numbers = (0, True, 1.5, 0.0, math.inf, False)
     torch.library.opcheck(ops.guidance_gradient.default, (t["logits"], t["labels"], *settings))
+    torch.library.opcheck(ops.top_label.default, (t["logits"], t["labels"]))
+    torch.library.opcheck(
+        ops.top_label_backward.default,
+        (torch.randn(6, device="cuda"), t["logits"], torch.rand(6, device="cuda"), t["labels"]),
+    )
     torch.library.opcheck(ops.tilt_weights.default, (torch.randn(6, device="cuda"), 0.4, False, 2.0))
     torch.library.opcheck(ops.sampling_noise.default, (t["seeds"], [3, 4, 5], 7, 0))
     torch.library.opcheck(ops.predict_x0.default, (*step[:3], True, torch.float16, torch.channels_last))
@@ -200,6 +245,81 @@ def test_score_has_its_gradient(kernels):
     logits, labels = torch.randn(7, 100, device="cuda", requires_grad=True), torch.arange(7, device="cuda")
     (grad,) = torch.autograd.grad(guidance_score(logits, labels, "forward_kl").sum(), logits)
     assert torch.equal(grad, guidance_gradient(logits.detach(), labels, "forward_kl").grad)
+
+
+@pytest.fixture(params=["cuda"])
+def calibration_kernels(request) -> Iterator[str]:
+    """Those that have the smooth ECE; the others leave it to the reference, which waits."""
+    with use_backend(request.param):
+        yield request.param
+
+
+def outcomes(kind: str, count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    confidence = torch.rand(count, dtype=torch.float64)
+    correct = torch.rand(count, dtype=torch.float64) < (confidence**1.5 if kind == "off" else confidence)
+    if kind == "sure":
+        confidence[::2], confidence[1::6] = 1.0, 0.0
+    return confidence.to(dtype).cuda(), correct.cuda()
+
+
+def value_and_gradient(confidence, correct, bandwidth=None, weights=None) -> list[torch.Tensor]:
+    leaf = confidence.detach().requires_grad_()
+    value, sigma = smooth_ece(leaf, correct, bandwidth, weights)
+    return [value.detach(), sigma, torch.autograd.grad(value, leaf)[0]]
+
+
+@pytest.mark.parametrize("bandwidth", [None, 0.001, 0.01, 0.1, 3.0])
+@pytest.mark.parametrize("count", [1, 2, 700, 70_001])
+@pytest.mark.parametrize("kind", ["off", "calibrated", "sure"])
+def test_smooth_ece_is_the_references(kind, count, bandwidth, calibration_kernels):
+    for weighted in (False, True):
+        confidence, correct = outcomes(kind, count)
+        weights = torch.rand(count, dtype=torch.float64, device="cuda") if weighted else None
+        found = value_and_gradient(confidence, correct, bandwidth, weights)
+        narrow = value_and_gradient(confidence.float(), correct, bandwidth, weights)
+        with use_backend("reference"):
+            expected = value_and_gradient(confidence, correct, bandwidth, weights)
+            expected_narrow = value_and_gradient(confidence.float(), correct, bandwidth, weights)
+        for got, wanted, allowed in ((found, expected, 1e-7), (narrow, expected_narrow, 1e-5)):
+            size = wanted[2].abs().max().clamp(min=1e-30)
+            assert_near(got[0].cpu(), wanted[0].cpu().double(), allowed)
+            assert_near(got[1].cpu(), wanted[1].cpu().double(), allowed)
+            assert_near((got[2] / size).cpu(), (wanted[2] / size).cpu().double(), 1e-5)
+
+
+def test_smooth_ece_does_not_wait_and_ignores_the_order(calibration_kernels):
+    confidence, correct = outcomes("sure", 200_000, torch.float32)
+    order = torch.randperm(len(confidence), device="cuda")
+    first = value_and_gradient(confidence, correct)
+    with no_waiting():
+        again = value_and_gradient(confidence, correct)
+        shuffled = value_and_gradient(confidence[order], correct[order])
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert torch.equal(first[0], shuffled[0]) and torch.equal(first[2][order], shuffled[2])
+
+
+@pytest.mark.parametrize("spoilt", [-1e-6, 1.001, math.nan])
+def test_smooth_ece_of_what_is_not_allowed_is_nan(spoilt, calibration_kernels):
+    for count in (3, 70_001):
+        confidence, correct = outcomes("off", count)
+        confidence[count // 2] = spoilt
+        with no_waiting():
+            found = value_and_gradient(confidence, correct)
+        assert all(part.isnan().all() for part in found)
+
+
+def test_a_cuda_graph_records_the_smooth_ece(calibration_kernels):
+    held, correct = outcomes("off", 70_001, torch.float32)
+    ops = torch.ops.calguide_fast
+    ops.smooth_ece(held, correct, None, 0.0, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.smooth_ece(held, correct, None, 0.0, True)
+    for kind in ("calibrated", "sure"):
+        held.copy_(outcomes(kind, len(held), torch.float32)[0])
+        graph.replay()
+        expected = ops.smooth_ece(held, correct, None, 0.0, True)
+        assert all(torch.equal(a, b) for a, b in zip(results, expected))
 
 
 @pytest.fixture
@@ -227,6 +347,12 @@ def test_logits_of_more_than_2_to_the_31_elements(kernels, large):
     ends = torch.tensor([0, 1, len(logits) // 2, len(logits) - 2, len(logits) - 1], device="cuda")
     expected = guidance_gradient(logits[ends], labels[ends])
     assert torch.equal(found.grad[ends], expected.grad) and torch.equal(found.score[ends], expected.score)
+    del found
+    confidence, top, _ = top_label(logits, labels)
+    grad = _gradient(confidence, logits, confidence, top)
+    some = top_label(logits[ends], labels[ends])
+    assert torch.equal(confidence[ends], some[0]) and torch.equal(top[ends], some[1])
+    assert torch.equal(grad[ends], _gradient(some[0], logits[ends], some[0], some[1]))
 
 
 def test_images_of_more_than_2_to_the_31_elements(kernels, large):

@@ -15,6 +15,7 @@ from calguide_fast import guidance_gradient, guidance_score, guided_step, predic
 from calguide_fast.ops._library import LIBRARY, is_direct
 from calguide_fast.ops.guidance import guidance_settings
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.ops.top_label import _gradient, top_label
 from calguide_fast.schedule import Schedule
 
 ROW = Schedule.linear().respaced("25").coefficients()[9]
@@ -66,6 +67,14 @@ SAMPLES = {
         (torch.rand(7), torch.rand(7) < 0.5, None, 0.0, True),
         (torch.rand(7).bfloat16(), torch.tensor([0, 1, 1, 0, 1, 0, 1]), torch.rand(7), 0.1, False),
     ],
+    "top_label": lambda: [
+        logits_and_labels(),
+        (torch.randn(10, 4).t().bfloat16(), torch.tensor([0, 3, 9, 5])),
+    ],
+    "top_label_backward": lambda: [
+        (torch.randn(4), logits_and_labels()[0], torch.rand(4), torch.tensor([0, 3, 9, 5])),
+        (torch.ones(1).expand(4), torch.randn(10, 4).t().half(), torch.rand(4), torch.tensor([0, 3, 9, 5])),
+    ],
     "sampling_noise": lambda: [(torch.tensor([1, -2, 3]), [3, 4, 5], 7, 0)],
     "predict_x0": lambda: [
         (*step_tensors()[:3], True, torch.float32, torch.contiguous_format),
@@ -100,8 +109,11 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     x_prev = guided_step(x_t, output, row, gradient, noise=noise, weights=weights, scale=2.0, **boost)
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score[:2], tilt=0.3, method="ddim")
     calibration = smooth_ece(logits.detach().softmax(1).flatten(), (logits > 0).flatten()).value
+    confidence, top, correct = top_label(logits.detach(), labels)
+    pulled = _gradient(found.score, logits.detach(), confidence, top)
     noise = sampling_noise(seeds, (3, 4, 4), 0)
-    results = (found.grad, found.score, weights, x0, x_prev, seeded, noise, calibration)
+    results = (found.grad, found.score, weights, x0, x_prev, seeded, noise, calibration, confidence, pulled)
+    results += (top.double(), correct.double())
     return results if running is None else (*results, running + 0)
 
 

@@ -92,6 +92,8 @@ def sampler_of(settings: dict, **options) -> FDivSampler:
     settings = dict(settings) if "guidance" in settings else {"scale": 3.0, **settings}
     model = unet(**settings.pop("model", {}))
     guide = None if "cond_fn" in settings else classifier(timed=settings.pop("timed", False))
+    if settings.pop("ensemble", False):
+        guide = [guide, classifier(sharpness=9.0)]
     return FDivSampler(model, guide, **settings, **options)
 
 
@@ -128,6 +130,43 @@ def test_replayed_steps_are_eager_steps(case, recorders):
     # batches of 3 and of 1
     assert len(recorder.recorded) == 2 * kinds and recorder.warm_ups == 2 * kinds * graphs.WARM_UP
     assert recorder.replays == 2 * 3 * STEPS - recorder.warm_ups
+
+
+SOLVER_CASES = {
+    "heun": ({}, {"method": "heun"}),
+    "churned": ({"churn": 3.0, "interval": (0.1, 5.0)}, {"method": "heun"}),
+    "edm rule": ({"rule": "edm", "max_guidance": 0.02, "add_factor": 0.3}, {"method": "heun"}),
+    "dpmpp": ({"tilt": -0.6, "interval": (0.1, 50.0)}, {"method": "dpmpp"}),
+    "noise-aware": ({"timed": True, "classifier_input": "xt"}, {"method": "dpmpp"}),
+    "recurrence": ({"interval": (0.1, 5.0)}, {"recurrence": 3}),
+    "recurrent heun": ({}, {"method": "heun", "recurrence": 2}),
+    "predictions kept": ({"interval": (0.1, 5.0)}, {"trajectory": True, "trajectory_of": "x0"}),
+    "ensemble": ({"ensemble": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", SOLVER_CASES)
+def test_replayed_steps_of_solvers_and_options_are_eager_steps(case, recorders):
+    settings, options = SOLVER_CASES[case]
+    expected = run(sampler_of(settings), batch_size=3, **options)
+    sampler = sampler_of(settings, cuda_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for _ in range(2):
+            found = run(sampler, batch_size=3, **options)
+            assert_same_bits(found, expected)
+            if "trajectory" in options:
+                assert torch.equal(found[0].trajectory.images, expected[0].trajectory.images)
+    assert recorders[0].replays > 2 * STEPS
+
+
+def test_an_ensembles_parameters_are_looked_at(recorders):
+    eager, replayed = (sampler_of({"ensemble": True}, **options) for options in ({}, {"cuda_graph": True}))
+    assert_same_bits(run(replayed), run(eager))
+    for sampler in (eager, replayed):
+        for p in sampler.classifier[1].parameters():
+            p.data = p.data * 1.1
+    assert_same_bits(run(replayed), run(eager))
 
 
 def test_replayed_steps_of_real_networks(recorders):
@@ -612,6 +651,24 @@ def test_no_step_waits_for_the_device(with_cond_fn, method):
         options |= {"classifier": classifier().to("meta"), "tilt": 0.3, "entropy_scaling": 3.0, "interval": (0.05, 50)}
     watch = watched_steps(FDivSampler(unet(num_classes=5).to("meta"), num_classes=5, **options), method=method)
     assert watch.bad == []
+
+
+NO_WAITS = {
+    "churned": ({"churn": 3.0, "tilt": 0.3}, {"method": "heun"}),
+    "dpmpp": ({"entropy_scaling": 3.0}, {"method": "dpmpp"}),
+    "edm rule": ({"rule": "edm", "max_guidance": 0.1}, {"method": "heun"}),
+    "recurrence": ({"interval": (0.05, 50)}, {"recurrence": 2}),
+    "ensemble": ({"classifier": [classifier(), classifier()]}, {}),
+    "trajectory": ({}, {"trajectory": 3, "trajectory_of": "x0"}),
+}
+
+
+@pytest.mark.parametrize("case", NO_WAITS)
+def test_no_step_of_solvers_and_options_waits(case):
+    settings, options = NO_WAITS[case]
+    guides = settings.get("classifier", [classifier()])
+    settings = {**settings, "classifier": [guide.to("meta") for guide in guides]}
+    assert watched_steps(FDivSampler(unet().to("meta"), device="meta", **settings), **options).bad == []
 
 
 def test_the_watch_sees_a_wait():

@@ -62,9 +62,9 @@ def test_noise_and_labels_are_bitwise_the_same_in_any_batch_order_and_backend():
     assert torch.equal(other, noise) and torch.equal(other_labels, labels)
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "heun", "dpmpp"])
 def test_images_do_not_depend_on_the_batch_beyond_rounding(method, backend):
-    sampler = guided(sine_boost=0.3 if method == "ddpm" else 0.0)
+    sampler = guided(sine_boost=0.3 if method == "ddpm" else 0.0, churn=2.0)
     whole = sample(sampler, method=method)
     for batch_size in (1, 2, 3, 100):
         assert close(sample(sampler, method=method, batch_size=batch_size).images, whole.images)
@@ -107,16 +107,16 @@ def test_seeds_may_be_written_signed_or_unsigned(backend):
     assert sample(guided(), seeds=SEEDS).seeds.tolist() == signed
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "heun", "dpmpp"])
 def test_seeds_are_the_noise_they_stand_for(method, backend):
-    sampler = guided(tilt=0.2)
+    sampler = guided(tilt=0.2, churn=2.0)
     seeds = torch.tensor([5, -(2**63), -1, 0, 17, 3, 2**40])
     noise = torch.stack([sampling_noise(seeds, (3, 6, 6), draw) for draw in range(6)])
     assert torch.equal(sample(sampler, method=method).images, sample(sampler, method=method, noise=noise).images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "heun", "dpmpp"])
 def test_noise_by_tensor_and_by_callable(method, dtype, backend):
     noise = torch.randn(6, 7, 3, 6, 6, dtype=dtype)
     by_tensor = sample(guided(), method=method, noise=noise, batch_size=4)
@@ -179,6 +179,35 @@ def test_diagnostics_are_what_happened(backend):
         assert torch.allclose(found.entropy[index], expected.entropy, rtol=1e-5)
         assert torch.allclose(found.label_log_prob[index], logits.log_softmax(1)[range(7), LABELS], rtol=1e-5)
         assert torch.allclose(found.tilt_weight[index], weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["heun", "dpmpp"])
+def test_diagnostics_in_edms_scaling(method):
+    """Of the first evaluation of each step; fractional timesteps, and levels as Karras et al. space them."""
+    guide, seen = classifier(), []
+    sampler = FDivSampler(unet(), guide, interval=(0.1, 60.0), scale=2.0, sigma_range=(0.05, 70.0))
+
+    def look(step):
+        seen.append((step.index, step.timestep, step.sigma, None if step.x0 is None else step.x0.clone()))
+
+    found = sample(sampler, method=method, callback=look).diagnostics
+    assert found.timesteps.tolist() == [timestep for _, timestep, _, _ in seen] and found.timesteps[1] % 1 != 0
+    assert found.sigmas.tolist() == [sigma for _, _, sigma, _ in seen]
+    assert found.sigmas[[0, -1]].tolist() == pytest.approx([70.0, 0.05])
+    assert [x0 is None for *_, x0 in seen] == found.entropy.isnan().all(1).tolist() == [True, False, False, False, True]
+    for index, _, _, x0 in seen[1:4]:
+        gradient = guidance_gradient(guide(x0).detach(), LABELS)
+        assert torch.allclose(found.entropy[index], gradient.entropy, rtol=1e-4)
+        pull = gradient_at(lambda x0, pull=gradient.grad: (guide(x0) * pull).sum(1), x0)
+        assert torch.allclose(found.gradient_norm[index], pull.flatten(1).norm(dim=1), rtol=1e-4)
+
+
+def test_discrete_methods_pass_whole_timesteps_and_solvers_fractional_ones():
+    for method, dtype in (("ddpm", torch.int64), ("ddim", torch.int64), ("heun", torch.float32)):
+        seen = set()
+        sampler = FDivSampler(lambda x, t, seen=seen: seen.add(t.dtype) or torch.tanh(x), shape=(3, 6, 6))
+        sample(sampler, method=method)
+        assert seen == {dtype}
 
 
 def test_diagnostics_without_tilt_off_and_of_a_cond_fn(backend):
@@ -371,6 +400,15 @@ CONSTRUCTION = [
     ),
     ({"cfg_scale": 2.0}, ValueError, "cfg_scale=2.0 needs a class-conditional model and its null_class"),
     ({"cfg_scale": math.nan}, ValueError, "cfg_scale=nan must be finite"),
+    ({"churn": -1}, ValueError, "churn=-1 must be finite and at least 0"),
+    ({"s_tmin": math.inf}, ValueError, "s_tmin=inf must be finite"),
+    ({"s_tmax": math.nan}, ValueError, "s_tmax=nan must be finite"),
+    ({"sigma_range": 3.0}, ValueError, "sigma_range=3.0 must be a pair of noise levels"),
+    ({"s_noise": "1"}, TypeError, "s_noise must be a number"),
+    ({"rule": "elucd"}, ValueError, "rule='elucd' must be 'score' or 'edm'"),
+    ({"max_guidance": -0.1}, ValueError, "max_guidance=-0.1"),
+    ({"add_factor": math.nan}, ValueError, "add_factor=nan"),
+    ({"rule": "edm", "classifier_input": "xt"}, ValueError, "rule='edm' needs a classifier with classifier_input='x0'"),
     ({"eta": -0.5}, ValueError, "eta=-0.5 must be finite and at least 0"),
     ({"shape": (3,)}, ValueError, r"shape=\(3,\) must be \(C, \*spatial\)"),
     ({"shape": (3, 0, 6)}, ValueError, "shape="),
@@ -408,7 +446,7 @@ def test_a_shape_that_nobody_knows():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "heun"}, ValueError, "method='heun' must be one of 'ddpm', 'ddim'"),
+        ({"method": "euler"}, ValueError, "method='euler' must be one of 'ddpm', 'ddim', 'heun', 'dpmpp'"),
         ({"steps": "many"}, ValueError, "steps='many'"),
         ({"steps": 2000}, ValueError, "asks for 2000 timesteps"),
         ({"batch_size": 0}, ValueError, "batch_size=0 must be an integer, at least 1"),
@@ -440,6 +478,26 @@ def test_wrong_calls(options, error, message):
         arguments["seeds"] = None
     with pytest.raises(error, match=message):
         guided().sample(**arguments)
+
+
+def test_wrong_calls_of_solvers():
+    for steps in ("18", "ddim25", "9,9", 0, 2.5, True):
+        with pytest.raises(ValueError, match=r"steps=.* must be an integer, at least 1: how many noise levels"):
+            sample(guided(), steps=steps, method="heun")
+    for method in ("heun", "dpmpp"):
+        with pytest.raises(ValueError, match="sine_boost belongs to method='ddpm'"):
+            sample(guided(sine_boost=0.3), method=method)
+        with pytest.raises(
+            ValueError, match=r"sigma_range=\(0.001, 5.0\) must rise, and lie within the model's range, 0.01"
+        ):
+            sample(guided(sigma_range=(0.001, 5.0)), method=method)
+        with pytest.raises(ValueError, match="the model's eps has shape"):
+            sample(FDivSampler(lambda x, t: x[:, :2], shape=(3, 6, 6)), method=method)
+        with pytest.raises(ValueError, match="gradient has shape"):
+            sample(FDivSampler(unet(), cond_fn=lambda x, t, y: x[:, :1]), method=method)
+    for method in ("ddpm", "ddim", "dpmpp"):
+        with pytest.raises(ValueError, match="rule='edm' belongs to method='heun'"):
+            sample(guided(rule="edm"), method=method)
 
 
 def test_more_wrong_calls():

@@ -19,7 +19,7 @@ class ToyUNet(nn.Module):
         self.last = nn.Conv2d(8, 6 if learned_variance else 3, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, shift: float = 0.0) -> Tensor:
-        assert t.dtype == torch.int64 and t.shape == (len(x),)
+        assert t.dtype in (torch.int64, torch.float32, torch.float64) and t.shape == (len(x),)
         t = t.to(x.dtype)[:, None] / 1000
         h = self.first(x) + self.time(torch.cat([t, (5 * t).cos()], 1))[..., None, None]
         if self.label is not None:

@@ -49,6 +49,15 @@ def guidance(divergence, dtype, classes, batch=3, adaptive=False, transposed=Fal
     backend.guidance_gradient(logits, labels, divergence, 1.5, 1.0, 0.9, 1.0, 0.5, 0.2, adaptive, None)
 
 
+def top_label(dtype, classes, batch=3):
+    backend.top_label(torch.zeros(batch, classes, dtype=dtype), torch.zeros(batch, dtype=torch.int64))
+
+
+def top_label_backward(dtype, classes, batch=3):
+    row = torch.zeros(batch)
+    backend.top_label_backward(row, torch.zeros(batch, classes, dtype=dtype), row, row.long())
+
+
 def step(method, learned, dtype, seeded, batch=3, side=32, tilted=False, boosted=False, guided=True, last=False):
     x_t = torch.zeros(batch, 3, side, side)
     output = torch.zeros(batch, 6 if learned else 3, side, side, dtype=dtype)
@@ -88,6 +97,12 @@ CASES = {
     "step ddim plain": (step, (1, False, F32, False), {"guided": False}),
     "x0": (x0, (F32, False), {}),
     "x0 channels last": (x0, (BF16, True), {}),
+    "top_label": (top_label, (F32, 1000), {}),
+    "top_label several tiles": (top_label, (BF16, 21843), {}),
+    "top_label shared tile": (top_label, (F16, 10), {}),
+    "top_label_backward": (top_label_backward, (F32, 1000), {}),
+    "top_label_backward several tiles": (top_label_backward, (BF16, 21843), {}),
+    "top_label_backward shared tile": (top_label_backward, (F16, 10), {}),
     "tilt": (lambda batch=3: backend.tilt_weights(torch.zeros(batch), 0.3, False, 2.0), (), {}),
     "noise": (lambda batch=3: backend.philox_normal(torch.arange(batch), (3, 32, 32), 5, 0), (), {}),
 }

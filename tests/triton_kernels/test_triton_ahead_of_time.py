@@ -22,7 +22,15 @@ pytestmark = pytest.mark.skipif(
 
 # Registers of a thread: a multiprocessor takes three programs of 128 threads with 160. Float64 terms take two registers
 # a number.
-REGISTERS = {"guidance": 160, "step": 84, "x0": 48, "tilt": 48, "noise": 48}
+REGISTERS = {
+    "guidance": 160,
+    "top_label": 64,
+    "top_label_backward": 64,
+    "step": 84,
+    "x0": 48,
+    "tilt": 48,
+    "noise": 48,
+}
 IN_DOUBLE = ("guidance chi2", "guidance neyman_chi2", "guidance alpha")
 # where the assembler, by version and device, buys one more program with a few bytes of what it needs rarely: class
 # terms, and rows in several tiles
@@ -67,3 +75,6 @@ def test_rows_of_a_multiple_of_four_logits_are_read_16_bytes_at_a_time(compiled)
     assert "ld.global.v4" in compiled["guidance reverse_kl"]["ptx"]
     assert "st.global.v4" in compiled["guidance reverse_kl"]["ptx"]
     assert "ld.global.v4" in compiled["step ddpm"]["ptx"]
+    assert "ld.global.v4" in compiled["top_label"]["ptx"]
+    assert "ld.global.v4" in compiled["top_label_backward"]["ptx"]
+    assert "st.global.v4" in compiled["top_label_backward"]["ptx"]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calguide_fast import FDivSampler, Guidance, guidance_gradient, guided_step, tilt_weights, use_backend
 from calguide_fast.backends import reference
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.ops.top_label import top_label
 from calguide_fast.schedule import Schedule
 
 pytestmark = [
@@ -81,6 +82,20 @@ def test_tolerance_holds_with_a_gpus_approximations(divergence, gap, approximate
         assert_near(got, expected, 5e-6)
 
 
+@pytest.mark.parametrize("num_classes", [10, 5000])
+def test_top_label_holds_with_a_gpus_approximations(num_classes, approximate, launch):
+    logits = torch.randn(5, num_classes, requires_grad=True)
+    # the largest logit in the first tile and in the last
+    logits.data[0, 0] = logits.data[1, -1] = 9.0
+    confidence, top, _ = top_label(logits, torch.zeros(5, dtype=torch.int64))
+    leaf = logits.detach().double().requires_grad_()
+    expected, place = leaf.softmax(1).max(1)
+    assert torch.equal(top, place)
+    assert_near(confidence.detach(), expected.detach(), 2e-6)
+    grads = torch.autograd.grad(confidence.sum(), logits)[0], torch.autograd.grad(expected.sum(), leaf)[0]
+    assert_near(*grads, 2e-6)
+
+
 def test_step_holds_with_a_gpus_approximations(approximate):
     x_t, output, gradient = torch.randn(2, 3, 16, 16), torch.randn(2, 6, 16, 16).clamp(-1, 1), torch.randn(2, 3, 16, 16)
     arguments = (x_t, output, ROW, gradient)
@@ -129,6 +144,10 @@ def test_offsets_have_64_bits(backend):
         labels = torch.tensor([4, 0, 2])[: shape[0]]
         expected = reference.guidance_gradient(logits, labels, 3, 0.0, 1.0, 0.9, 1.0, 0.5, 0.0, False, None)
         assert_near(guidance_gradient(logits, labels).grad, expected[0].double(), 5e-6)
+        confidence, top, _ = reference.top_label(logits, labels)
+        assert torch.equal(top_label(logits, labels)[1], top)
+        found, wanted = (b.top_label_backward(confidence, logits, confidence, top) for b in (backend, reference))
+        assert_near(found, wanted.double(), 5e-6)
     x_t, output = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4)
     pixel_stride = 2**31 // 15 + 1
     for strides in ((stride, 16, 4, 1), (48, stride, 4, 1), (3, 1, 4 * pixel_stride, pixel_stride)):
@@ -153,6 +172,8 @@ def test_nothing_waits_for_the_device(backend):
     x_t, output, vector = torch.randn(3, 3, 5, 4), torch.randn(3, 6, 5, 4), torch.rand(6)[::2]
     with NoWaiting():
         backend.guidance_gradient(logits, labels, 3, 0.0, 1.0, 0.9, 1.0, 0.5, 0.3, True, None)
+        confidence, top, _ = backend.top_label(logits, labels)
+        backend.top_label_backward(vector, logits, confidence, top)
         backend.tilt_weights(vector, 0.3, False, 2.0)
         backend.predict_x0(x_t, output, ROW, True, torch.empty(3, 5, 4, 3).permute(0, 3, 1, 2))
         backend.guided_step(

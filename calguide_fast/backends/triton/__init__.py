@@ -1,7 +1,7 @@
 """Triton backend: kernels compiled when first called, for CUDA and ROCm devices.
 
 Arguments arrive checked; see `calguide_fast.ops` for what they mean. No call waits for the device, so a label out of
-range is no error here: its row comes back as NaN.
+range is no error here: its row, or its confidence, comes back as NaN.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ from calguide_fast.backends.triton.guidance import guidance_gradient
 from calguide_fast.backends.triton.noise import philox_normal
 from calguide_fast.backends.triton.step import guided_step, predict_x0
 from calguide_fast.backends.triton.tilt import tilt_weights
+from calguide_fast.backends.triton.top_label import top_label, top_label_backward
 
-__all__ = ["describe", "guidance_gradient", "guided_step", "philox_normal", "predict_x0", "tilt_weights"]
+__all__ = [
+    "describe",
+    "guidance_gradient",
+    "guided_step",
+    "philox_normal",
+    "predict_x0",
+    "tilt_weights",
+    "top_label",
+    "top_label_backward",
+]
 
 
 def describe() -> str:

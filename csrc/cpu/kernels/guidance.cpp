@@ -7,28 +7,16 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "storage.h"
+#include "cpu/kernels/rows.h"
 
 namespace calguide {
 namespace CALGUIDE_ISA {
 namespace {
 
-// a buffer is padded to whole vectors of the widest instruction set
-constexpr int64_t lanes = 16;
-// partial sums in float add 64 terms a lane, their total is in double
-#if defined(__AVX512F__)
-constexpr int64_t block_length = 64 * 16;
-#elif defined(__AVX__)
-constexpr int64_t block_length = 64 * 8;
-#else
-constexpr int64_t block_length = 64 * 4;
-#endif
 // a padding logit: its exponential is 0 at any temperature
 constexpr float padding = -1e38f;
 // rows up to this long use buffers on the stack
 constexpr int64_t stack_classes = 2048;
-// below this many elements a thread costs more than it saves
-constexpr int64_t elements_per_thread = 32768;
 
 struct Settings {
   const GuidanceArguments* arguments;
@@ -269,27 +257,6 @@ void write_solution(const Row<Real>& row, const Solution<Real>& solution, Margin
   if (solution.peak >= 0) store_float(grad + solution.peak, static_cast<float>(solution.form.at_peak));
 }
 
-// copies a row and returns its largest logit, NaNs ignored
-template <bool Contiguous, class T>
-float load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) {
-  float* x = static_cast<float*>(__builtin_assume_aligned(buffer, 64));
-  float max = -INFINITY;
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < classes; ++i) {
-    const float value = load_float(logits[Contiguous ? i : i * stride]);
-    x[i] = value;
-    max = value > max ? value : max;
-  }
-  return max;
-}
-
-template <class T>
-float load_row(const GuidanceArguments& arguments, int64_t b, float* buffer) {
-  const T* logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
-  return arguments.class_stride == 1 ? load_row<true>(logits, 1, arguments.classes, buffer)
-                                     : load_row<false>(logits, arguments.class_stride, arguments.classes, buffer);
-}
-
 // below the maximum; beyond the range of floats it is only very far
 double distance(double x, double max) { return x - max < -1e30 ? -1e30 : x - max; }
 
@@ -396,15 +363,7 @@ void guidance_gradient(const GuidanceArguments& arguments, int threads) {
   settings.marginal = marginal_of(settings.guidance.marginal_temperature);
   const auto guide = settings.traits.summation == sum_of_doubles ? guide_rows<double> : guide_rows<float>;
 
-  const int64_t batch = arguments.batch;
-  const int64_t worth = arguments.batch * arguments.classes / elements_per_thread;
-  int64_t parts = threads < worth ? threads : worth;
-  parts = parts < batch ? parts : batch;
-  if (parts <= 1) return guide(settings, 0, batch);
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static)
-  for (int64_t part = 0; part < parts; ++part) {
-    guide(settings, part * batch / parts, (part + 1) * batch / parts);
-  }
+  each_part(arguments, threads, [&](int64_t begin, int64_t end) { guide(settings, begin, end); });
 }
 
 }  // namespace CALGUIDE_ISA

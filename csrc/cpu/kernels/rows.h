@@ -1,0 +1,61 @@
+// What kernels over rows of logits share: a row copied to a buffer in float, and the rows spread over threads.
+#pragma once
+
+#include <math.h>
+
+#include "arguments.h"
+#include "storage.h"
+
+namespace calguide {
+namespace CALGUIDE_ISA {
+namespace {
+
+// a buffer is padded to whole vectors of the widest instruction set
+constexpr int64_t lanes = 16;
+// partial sums in float add 64 terms a lane, their total is in double
+#if defined(__AVX512F__)
+constexpr int64_t block_length = 64 * 16;
+#elif defined(__AVX__)
+constexpr int64_t block_length = 64 * 8;
+#else
+constexpr int64_t block_length = 64 * 4;
+#endif
+// below this many elements a thread costs more than it saves
+constexpr int64_t elements_per_thread = 32768;
+
+// copies a row and returns its largest logit, NaNs ignored
+template <bool Contiguous, class T>
+float load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) {
+  float* x = static_cast<float*>(__builtin_assume_aligned(buffer, 64));
+  float max = -INFINITY;
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < classes; ++i) {
+    const float value = load_float(logits[Contiguous ? i : i * stride]);
+    x[i] = value;
+    max = value > max ? value : max;
+  }
+  return max;
+}
+
+template <class T>
+float load_row(const LogitsArguments& arguments, int64_t b, float* buffer) {
+  const T* logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
+  return arguments.class_stride == 1 ? load_row<true>(logits, 1, arguments.classes, buffer)
+                                     : load_row<false>(logits, arguments.class_stride, arguments.classes, buffer);
+}
+
+// Calls body(begin, end) for a part of the rows on each of as many threads as the rows are worth.
+template <class Body>
+void each_part(const LogitsArguments& arguments, int threads, const Body& body) {
+  const int64_t batch = arguments.batch;
+  const int64_t worth = batch * arguments.classes / elements_per_thread;
+  int64_t parts = threads < worth ? threads : worth;
+  parts = parts < batch ? parts : batch;
+  if (parts <= 1) return body(0, batch);
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) body(part * batch / parts, (part + 1) * batch / parts);
+}
+
+}  // namespace
+}  // namespace CALGUIDE_ISA
+}  // namespace calguide

@@ -1,0 +1,360 @@
+"""``calguide-fast sample``, end to end, on the demo's digits: stopped, killed, resumed, shared out, refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+
+from calguide_fast import FDivSampler, Guidance
+from calguide_fast.cli import main
+from calguide_fast.demo.checkpoints import load_guide, load_unet
+from calguide_fast.generation import commands, folder, networks
+from calguide_fast.generation.shards import Shards
+from calguide_fast.generation.team import Team
+from calguide_fast.models.specs import LoadedClassifier
+
+IMAGES, BATCH = 11, 3
+BATCHES = 4
+OPTIONS = ["sample", "--preset", "digits", "--num-samples", str(IMAGES), "--batch-size", str(BATCH), "--steps", "3"]
+# the tilt makes images depend on the batch that they are sampled in
+OPTIONS += ["--seeds", "5-14,99", "--labels", "random", "--tilt", "-0.2"]
+NPZ = f"samples_{IMAGES}x8x8x1.npz"
+MODULE = [sys.executable, "-m", "calguide_fast"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", MODULE[2]]
+
+
+def sample(folder, *options: str) -> int:
+    return main([*OPTIONS, "--out", str(folder), *options])
+
+
+def launch(command, *options, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, timeout=timeout)
+
+
+def same_bytes(one, other) -> bool:
+    names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*.[np][np][gyz]")) for folder in (one, other)]
+    assert names[0] == names[1] and len(names[0]) >= BATCHES + 2, names
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names[0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One process, run through."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert sample(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def begun(finished, tmp_path):
+    """A copy of the finished run that lacks its outputs and its last two batches."""
+    folder = shutil.copytree(finished, tmp_path / "begun")
+    for path in (folder / NPZ, folder / "grid.png", *(folder / "shards" / f"00000{b}.npy" for b in (2, 3))):
+        path.unlink()
+    manifest = folder / "shards" / "manifest-0.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
+    return folder
+
+
+def count_batches(monkeypatch) -> list[int]:
+    """The batches written from now on."""
+    written, write = [], Shards.write
+    monkeypatch.setattr(
+        Shards, "write", lambda self, batch, pixels: (written.append(batch), write(self, batch, pixels))
+    )
+    return written
+
+
+def test_the_images_are_the_samplers(finished):
+    guidance = Guidance("js", alpha=1.0, epsilon=0.9, scale=0.2, sine_boost=0.3, tilt=-0.2)
+    sampler = FDivSampler(load_unet(), load_guide(softplus_beta=3.0), guidance, num_classes=10)
+    expected = sampler.sample(IMAGES, seeds=[*range(5, 15), 99], steps=3, batch_size=BATCH, progress=False)
+    with np.load(finished / NPZ) as file:
+        assert (file["arr_0"] == expected.to_uint8().numpy()).all()
+        assert (file["arr_1"] == expected.labels.numpy()).all() and (file["seeds"] == expected.seeds.numpy()).all()
+        assert file["batch_size"] == BATCH
+    assert (finished / "grid.png").stat().st_size > 500
+
+
+def test_config_says_what_was_run(finished):
+    config = json.loads((finished / "config.json").read_text())
+    settings, (run,) = config["settings"], config["runs"]
+    assert settings["seeds"] == "5-14,99" and settings["labels"] == "random" and settings["steps"] == 3
+    assert settings["guidance"]["tilt"] == -0.2 and settings["guidance"]["scale"] == 0.2
+    assert (
+        len(settings["sha256"]["unet"]) == len(settings["sha256"]["classifier"]) == len(config["settings_sha256"]) == 64
+    )
+    assert run["torch"] == torch.__version__ and "cpu" in run["devices"][0] and run["python"]
+    assert run["checkpoints"]["classifier"].endswith("guide.safetensors")
+
+
+def test_two_processes_give_the_bytes_of_one(finished, tmp_path):
+    done = launch(TORCHRUN, *OPTIONS, "--out", tmp_path / "run")
+    assert done.returncode == 0 and done.stdout.count(NPZ) == 1, done.stderr
+    assert same_bytes(finished, tmp_path / "run")
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["runs"][0]["devices"]) == 2
+
+
+# the worst moment: the third shard is written, and not yet in its place
+KILLED = """
+import os, signal, sys
+replace = os.replace
+def kill(source, target):
+    if target.name == "000002.npy":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+from calguide_fast.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    done = launch([sys.executable, "-c", KILLED], *OPTIONS, "--out", folder)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name.split(".")[0] for p in sorted(folder.glob("shards/*.npy*"))] == ["000000", "000001", "000002"]
+    written = count_batches(monkeypatch)
+    assert sample(folder, "--resume") == 0
+    assert written == [2, 3] and same_bytes(finished, folder)
+    assert not list(folder.rglob("*.partial")) and len(json.loads((folder / "config.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda signum: signum.name)
+def test_a_signal_finishes_the_batch_in_hand(signum, finished, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signum)
+    written, write = [], Shards.write
+
+    def stopped(self, batch, pixels):
+        if batch == 1:
+            os.kill(os.getpid(), signum)
+        write(self, batch, pixels)
+        written.append(batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "write", stopped)
+        assert sample(tmp_path / "run") == 128 + signum
+    error = capsys.readouterr().err
+    assert written == [0, 1] and signal.getsignal(signum) == before
+    assert "the batch in hand is finished first" in error and "with --resume samples what is missing" in error
+    assert sample(tmp_path / "run", "--resume") == 0 and same_bytes(finished, tmp_path / "run")
+
+
+def test_a_signal_while_outputs_are_written_leaves_none_by_half(begun, finished, monkeypatch):
+    write_outputs = commands.write_outputs
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write_outputs(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "write_outputs", stopped)
+        assert sample(begun, "--resume") == 143
+    assert not list(begun.glob("*.npz*")) and not list(begun.glob("*.png*"))
+    assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
+
+
+def test_a_damaged_shard_is_named_and_redone(begun, finished, monkeypatch, capsys):
+    path = begun / "shards" / "000000.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+    written = count_batches(monkeypatch)
+    assert sample(begun, "--resume") == 0
+    assert written == [0, 2, 3] and f"{path} is damaged" in capsys.readouterr().err
+    assert same_bytes(finished, begun)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch, capsys):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit, match=r"calguide-fast: .*No space left on device: '.*\.(npy|jsonl|npz)'"):
+            sample(begun, "--resume")
+    assert "batches that are done are kept; the same command with --resume" in capsys.readouterr().err
+    assert len(list(begun.glob("shards/*.npy"))) >= 3
+    assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
+
+
+def test_a_lost_store_is_one_line(begun, finished, monkeypatch, capsys):
+    def lost(*_):
+        raise distributed.DistNetworkError("connection was closed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Team, "add", lost)
+        assert sample(begun, "--resume") == 1
+    error = capsys.readouterr().err
+    assert "does not answer: connection was closed; the same command with --resume" in error
+    assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--scale", "0.3"], ["guidance.scale: 0.2 there, 0.3 here"]),
+        (["--steps", "4", "--labels", "1"], ["steps: 3 there, 4 here", "labels: random there, 1 here"]),
+        (["--classifier", "overconfident"], ["classifier: guide there, overconfident here", "sha256.classifier: "]),
+        (["--batch-size", "4"], ["batch_size: 3 there, 4 here"]),
+        (["--seeds", "5-15"], ["seeds: 5-14,99 there, 5-15 here"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_other_settings_are_refused_by_name(begun, options, named):
+    before = (begun / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match="begun with other settings") as stop:
+        sample(begun, "--resume", *options)
+    assert all(name in str(stop.value) for name in named), stop.value
+    assert "guidance.tilt" not in str(stop.value) and (begun / "config.json").read_bytes() == before
+
+
+def test_folders_that_are_not_to_be_touched(begun, tmp_path):
+    with pytest.raises(SystemExit, match="is not empty: give --resume"):
+        sample(begun)
+    (tmp_path / "mine.partial").touch()
+    for options, message in ([], "is not empty"), (["--resume"], "holds no config.json of an earlier run"):
+        with pytest.raises(SystemExit, match=message):
+            sample(tmp_path, *options)
+    assert (tmp_path / "mine.partial").exists()
+    (begun / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="config.json is no readable JSON"):
+        sample(begun, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "1001"], "asks for 1001 timesteps"),
+        (["--method", "euler"], "method='euler' must be one of"),
+        (["--divergence", "kl"], "divergence='kl'"),
+        (["--recipe", "elucd", "--alpha", "2"], "alpha=2.0 is of a divergence, and the recipe elucd has none"),
+        (["--recipe", "unguided", "--scale", "2"], "has no guidance, and takes none of scale, tilt"),
+        (["--classifier", "resnet50:a.pth"], "brings its own, guide or overconfident"),
+        (["--unet", "a.pt"], "brings its own UNet"),
+        (["--preset", "imagenet128"], "needs its weights: --unet PATH"),
+        (["--preset", "imagenet128", "--unet", "a.pt"], "guidance needs a classifier: .*imagenet128:PATH"),
+        (["--preset", "imagenet128", "--unet", "no.pt", "--classifier", "resnet50:a.pth"], "no checkpoint at no.pt"),
+        (["--scale", "inf"], "scale=inf must be finite"),
+        (["--scale", "1e38"], "images 0-2 are not all finite"),
+        (["--softplus-beta", "-1"], "softplus-beta=-1.0 must be finite and at least 0"),
+        (["--grid", "-1"], "grid must be a number of images, 0 or more, got -1"),
+        (["--device", "cuda"], "PyTorch sees no GPU here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=f"^calguide-fast: .*{message}"):
+        sample(tmp_path / "run", *options)
+    assert not list((tmp_path / "run").glob("shards/*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["elucd", "--classifier", "resnet101:{}"], ("none", 1.0, 0.5, 0.3, 3.0, "resnet101")),
+        (["ours", "--classifier", "resnet50:{}"], ("js", 1.0, 0.5, 0.3, 3.0, "resnet50")),
+        (["ours", "--classifier", "resnet50:{}", "--softplus-beta", "0"], ("js", 1.0, 0.5, 0.3, None, "resnet50")),
+        (["elucd", "--classifier", "resnet18:{}", "--method", "ddim"], ("none", 1.0, 0.5, 0.0, 3.0, "resnet18")),
+        (["ours", "--classifier", "imagenet128:{}"], ("js", 1.0, 0.5, 0.3, None, "imagenet128")),
+        (["adm-g", "--classifier", "imagenet128:{}"], ("none", 0.5, 1.0, 0.0, None, "imagenet128")),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
+)
+def test_published_recipes(options, expected, tmp_path, monkeypatch):
+    """With the digits' networks in the place of the published ones, whose weights are not at hand."""
+    betas = []
+
+    def load_classifier(spec, softplus_beta):
+        betas.append(softplus_beta)
+        return LoadedClassifier(load_guide(), "x0", "imagenet128" if spec.startswith("imagenet") else None)
+
+    monkeypatch.setattr(networks, "load_unet", lambda preset, path: load_unet())
+    monkeypatch.setattr(networks, "load_classifier", load_classifier)
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"weights")
+    common = ["sample", "--preset", "imagenet128", "--unet", str(weights), "--out", str(tmp_path / "run"), "--steps=2"]
+    common += ["--num-samples", "2", "--labels", "0,1", "--recipe"]
+    assert main([*common, *(option.format(weights) for option in options)]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    guidance = settings["guidance"]
+    found = [guidance[name] for name in ("divergence", "scale", "marginal_temperature", "sine_boost")]
+    assert (*found, settings["softplus_beta"], settings["classifier"]) == expected
+    assert betas == ([expected[-2]])
+    assert settings["labels"] == "0-1" and settings["batch_size"] == 64
+    assert settings["sha256"] == dict.fromkeys(["unet", "classifier"], hashlib.sha256(b"weights").hexdigest())
+    # of another resolution than a noise-aware classifier
+    if expected[-1] == "imagenet128":
+        with pytest.raises(SystemExit, match="imagenet128 knows no noisy images of imagenet256"):
+            main([*common, *(option.format(weights) for option in options), "--preset", "imagenet256", "--resume"])
+
+
+def test_unguided_sampling_needs_no_classifier(tmp_path):
+    options = [
+        "sample",
+        "--preset",
+        "digits",
+        "--num-samples",
+        "2",
+        "--steps",
+        "2",
+        "--recipe",
+        "unguided",
+        "--grid",
+        "0",
+    ]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["guidance"] is settings["classifier"] is None and list(settings["sha256"]) == ["unet"]
+    assert not (tmp_path / "run" / "grid.png").exists()
+
+
+def test_a_folder_that_is_not_shared_is_noticed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SHARED_SECONDS", 0.2)
+    settings, checks = folder.read_config(finished)["settings"], []
+    folder.see_folder(finished, settings, pytest.fail)
+    for other, found in (tmp_path, settings), (finished, {**settings, "steps": 4}):
+        with pytest.raises(ValueError, match="is not the folder that rank 0 opened"):
+            folder.see_folder(other, found, lambda: checks.append(None))
+    assert len(checks) >= 2
+
+
+def test_help_states_what_was_published(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for words in ("elucd: 1, published for imagenet128", "imagenet128 0.5", "alpha 1 and epsilon 0.9, which are ours"):
+        assert words in text
+
+
+@pytest.mark.full
+def test_two_thousand_digits_killed_and_resumed_by_two_processes(tmp_path):
+    options = ["sample", "--preset", "digits", "--batch-size", "50", "--out"]
+    assert launch(MODULE, *options, tmp_path / "one", timeout=600).returncode == 0
+    run = subprocess.Popen([*MODULE, *options, tmp_path / "two"], stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("two/shards/*.npy"))) < 20:
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL and not list(tmp_path.glob("two/*.npz"))
+    done = launch(TORCHRUN, *options, tmp_path / "two", "--resume", timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert same_bytes(tmp_path / "one", tmp_path / "two")
+    assert len(list(tmp_path.glob("two/shards/manifest-*.jsonl"))) == 2

@@ -1,0 +1,62 @@
+"""What the processes of a run tell each other, here two of them over one store."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from torch import distributed
+
+from calguide_fast.generation.interrupts import Interrupted, Interrupts
+from calguide_fast.generation.team import Team, TeammateFailed
+
+
+@pytest.fixture
+def pair():
+    store, interrupts = distributed.HashStore(), Interrupts(lambda _: None)
+    return Team(interrupts, 0, 2, store), Team(interrupts, 1, 2, store)
+
+
+def test_items_go_to_whoever_asks(pair):
+    first, second = (team.deal("abcde") for team in pair)
+    assert [next(first), next(second), next(second), *first, *second] == list("abcde")
+
+
+def test_what_rank_0_finds_is_known_to_all(pair):
+    first, second = pair
+    found = first.from_first("settings", lambda: {"interval": (1.0, float("inf"))})
+    assert (
+        found == second.from_first("settings", lambda: pytest.fail("rank 1 works")) == {"interval": [1.0, float("inf")]}
+    )
+    assert second.gather("device", "b") == [] and first.gather("device", "a") == ["a", "b"]
+    assert first.add("images", 3) == 3 and second.add("images", 2) == 5
+    first.wait_for_count("images", 5)
+
+
+def test_who_waits_hears_of_a_failure(pair):
+    first, second = pair
+    second.check()
+    first.fail("No space left on device: 'a.npy'")
+    for wait in (second.check, lambda: second.from_first("x", int), lambda: second.wait_for_count("images", 1)):
+        with pytest.raises(TeammateFailed, match="^rank 0: No space left on device: 'a.npy'$"):
+            wait()
+
+
+def test_who_waits_hears_of_a_signal():
+    said = []
+    with Interrupts(said.append) as interrupts:
+        team = Team(interrupts)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGINT") as stop:
+            team.wait_for_count("images", 1)
+        assert stop.value.status == 130 and len(said) == 1
+        # the second acts as ever
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_alone_there_is_no_launcher_to_ask(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    team = Team.from_environment(Interrupts(print))
+    assert (team.rank, team.size, list(team.deal("abc")), team.gather("x", 1)) == (0, 1, list("abc"), [1])
