@@ -53,7 +53,11 @@ class Measured:
         self.missing: dict[str, str] = {}
         self._keep = any(name in NEIGHBOURS for name in metrics)
         self._tables: list[Tensor] = []
-        with tqdm(total=self.count, desc=title, unit="image", disable=title is None, file=sys.stderr) as bar:
+        # a person watches a terminal; in a log, a line now and then will do
+        seconds = 0.1 if sys.stderr.isatty() else 30.0
+        with tqdm(
+            total=self.count, desc=title, unit="image", disable=title is None, file=sys.stderr, mininterval=seconds
+        ) as bar:
             for batch in images.batches(batch_size):
                 self._update(extract(extractor, batch.to(device)))
                 bar.update(len(batch))
