@@ -1,4 +1,4 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo | sample | reliability | calibrate``."""
+"""The command line: ``calguide-fast doctor | demo | train-demo | sample | reliability | calibrate | evaluate``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import calguide_fast
 from calguide_fast.calibration.commands import METHODS, report_calibration, report_noise_levels, report_reliability
 from calguide_fast.calibration.sources import EPILOG, Source, add_source_options
+from calguide_fast.evaluation.commands import add_options as add_evaluate_options
+from calguide_fast.evaluation.commands import report_evaluation
 from calguide_fast.generation.commands import run_sample
 from calguide_fast.generation.options import add_options as add_sample_options
 
@@ -75,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         add_source_options(command)
         command.add_argument("--out", type=Path, metavar="PNG", help="write the reliability diagram (needs matplotlib)")
         command.add_argument("--json", type=Path, metavar="JSON", help="write the figures there, and not to the screen")
+
+    evaluate = commands.add_parser("evaluate", help="FID, precision, recall and more of samples in a file or a folder")
+    add_evaluate_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -121,6 +127,10 @@ def _calibrate(options: argparse.Namespace) -> int:
         return report_calibration(source.predictions(), options.method, test, options.out)
 
     return _report(measure, options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    return _report(lambda: report_evaluation(options), options)
 
 
 def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) -> int:
