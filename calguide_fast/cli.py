@@ -1,4 +1,4 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo | sample | reliability | calibrate | evaluate``."""
+"""The command line: ``calguide-fast doctor | demo | sample | evaluate | sweep | …``; see its ``--help``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from calguide_fast.evaluation.commands import add_options as add_evaluate_option
 from calguide_fast.evaluation.commands import report_evaluation
 from calguide_fast.generation.commands import run_sample
 from calguide_fast.generation.options import add_options as add_sample_options
+from calguide_fast.studies.sweep import add_options as add_sweep_options
+from calguide_fast.studies.sweep import run_sweep
 
 Result = TypeVar("Result")
 
@@ -50,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="sample many images, on many GPUs or machines, and resume")
     add_sample_options(sample)
     sample.set_defaults(run=_sample)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="sample and measure a grid of divergences, alphas, epsilons and scales",
+        conflict_handler="resolve",
+    )
+    add_sweep_options(sweep)
+    sweep.set_defaults(run=_sweep)
 
     reliability = commands.add_parser(
         "reliability",
@@ -108,6 +118,10 @@ def _train_demo(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     return _in_one_line(lambda: run_sample(options))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    return _in_one_line(lambda: run_sweep(options))
 
 
 def _reliability(options: argparse.Namespace) -> int:
