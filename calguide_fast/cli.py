@@ -16,6 +16,8 @@ from calguide_fast.evaluation.commands import add_options as add_evaluate_option
 from calguide_fast.evaluation.commands import report_evaluation
 from calguide_fast.generation.commands import run_sample
 from calguide_fast.generation.options import add_options as add_sample_options
+from calguide_fast.studies.reproduce import add_options as add_reproduce_options
+from calguide_fast.studies.reproduce import run_reproduce
 from calguide_fast.studies.sweep import add_options as add_sweep_options
 from calguide_fast.studies.sweep import run_sweep
 
@@ -60,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_sweep_options(sweep)
     sweep.set_defaults(run=_sweep)
+
+    reproduce = commands.add_parser("reproduce", help="sample and measure the published table of ImageNet 128x128")
+    add_reproduce_options(reproduce)
+    reproduce.set_defaults(run=_reproduce)
 
     reliability = commands.add_parser(
         "reliability",
@@ -122,6 +128,10 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     return _in_one_line(lambda: run_sweep(options))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    return _in_one_line(lambda: run_reproduce(options))
 
 
 def _reliability(options: argparse.Namespace) -> int:

@@ -11,6 +11,9 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 # Okabe & Ito's colours, told apart by every eye
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
+MARKERS = "osD^vPX*"
+# where a point's scale stands, so that those of points that coincide do not
+OFFSETS = ((5, 4), (5, -9), (-16, 4), (-16, -9))
 # of the alphas and epsilons of one divergence
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 NAMES = {"none": "log p alone", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "js": "Jensen–Shannon"}
@@ -31,17 +34,16 @@ def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryI
     figure = Figure(figsize=(1.2 + 6 * len(panels), 6.4), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, name in zip(all_axes, panels):
-        for (label, color, dashes), points in _lines(rows):
-            x, y = [p[name] for p in points], [p["fid"] for p in points]
-            axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.5, marker="o", markersize=4, label=label)
+        for number, (style, points) in enumerate(_lines(rows)):
+            axes.plot([p[name] for p in points], [p["fid"] for p in points], **style)
             for point in points if len(rows) <= FEW else ():
                 axes.annotate(
                     f"{point['scale']:g}",
                     (point[name], point["fid"]),
-                    xytext=(4, 4),
+                    xytext=OFFSETS[number % len(OFFSETS)],
                     textcoords="offset points",
                     fontsize=7,
-                    color=color,
+                    color=style["color"],
                 )
         axes.set_xlabel("share of the class asked for" if name == "accuracy" else "recall")
         _finish(axes)
@@ -52,22 +54,28 @@ def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryI
     figure.savefig(file, format="png")
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str, Any], list[Mapping[str, Any]]]]:
-    """The points of each line, weakest first, with its label, colour and dashes."""
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
+    """The style and the points, weakest first, of each line."""
     lines: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault((row["divergence"], row["alpha"], row["epsilon"]), []).append(row)
     divergences = list(dict.fromkeys(divergence for divergence, _, _ in lines))
     found = []
-    for divergence, alpha, epsilon in lines:
-        kin = [line for line in lines if line[0] == divergence]
+    for line, points in lines.items():
+        divergence, alpha, epsilon = line
+        kin = [other for other in lines if other[0] == divergence]
+        index = divergences.index(divergence)
         label = NAMES.get(divergence, divergence)
-        if alpha is not None:
-            label += f", α={alpha:g}, ε={epsilon:g}"
-        color = COLORS[divergences.index(divergence) % len(COLORS)]
-        dashes = DASHES[kin.index((divergence, alpha, epsilon)) % len(DASHES)]
-        points = sorted(lines[divergence, alpha, epsilon], key=lambda row: row["scale"])
-        found.append(((label, color, dashes), points))
+        style = {
+            "label": label if alpha is None else f"{label}, α={alpha:g}, ε={epsilon:g}",
+            "color": COLORS[index % len(COLORS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": DASHES[kin.index(line) % len(DASHES)],
+            "linewidth": 1.5,
+            "markersize": 5,
+            "markerfacecolor": "none",
+        }
+        found.append((style, sorted(points, key=lambda row: row["scale"])))
     return found
 
 

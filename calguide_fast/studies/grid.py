@@ -27,8 +27,8 @@ def grid_points(options: argparse.Namespace) -> list[Point]:
         raise ValueError(f"recipe={options.recipe!r} has no guidance, so there is nothing to sweep")
     own = PRESETS[options.preset].scales[options.recipe]
     scales = _numbers("scale", options.scale) or [own * factor for factor in FACTORS]
-    alphas = _numbers("alpha", options.alpha) or [None]
-    epsilons = _numbers("epsilon", options.epsilon) or [None]
+    alphas: list[float | None] = [*_numbers("alpha", options.alpha)] or [None]
+    epsilons: list[float | None] = [*_numbers("epsilon", options.epsilon)] or [None]
     divergences = _texts("divergence", options.divergence) or list(DIVERGENCES)
     return [
         _point(options, {"divergence": divergence, "alpha": alpha, "epsilon": epsilon, "scale": scale})
