@@ -43,7 +43,7 @@ def run_sample(options: argparse.Namespace) -> int:
     return together(work, options.preset, HOW_TO_GO_ON)
 
 
-def sample(job: Job, out: Path, resume: bool, team: Team) -> Path | None:
+def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HOW_TO_GO_ON) -> Path | None:
     """Do this process's share of a job, in the folder `out`; rank 0 returns the .npz file, when all is there.
 
     Raises as :func:`run_sample` and :meth:`Team.check`.
@@ -68,7 +68,7 @@ def sample(job: Job, out: Path, resume: bool, team: Team) -> Path | None:
             return None
         return write_outputs(out, plan, shards, job.options.grid, job.options.png, team.check)
     except (OSError, DamagedShard):
-        say(f"batches that are done are kept; {HOW_TO_GO_ON}")
+        say(f"batches that are done are kept; {how_to_go_on}")
         raise
 
 

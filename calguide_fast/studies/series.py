@@ -65,7 +65,7 @@ def run_series(
         if not part.from_first("sampled", partial(_is_sampled, folder, settings)):
             if team.rank == 0:
                 say(f"{point.name}, point {number} of {len(points)}")
-            sample(point.job, folder, True, part)
+            sample(point.job, folder, True, part, HOW_TO_GO_ON)
         if team.rank == 0:
             found = _figures(folder, settings, measure)
             rows.append({**point.columns, "folder": str(folder.relative_to(out)), **found["figures"]})
