@@ -21,16 +21,16 @@ FEW = 40  # points that can all bear their scales
 
 
 def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryIO) -> None:
-    """Write the Fréchet distance against class accuracy and against recall, where they were measured, as a PNG.
+    """Write the Fréchet distance against class accuracy and against recall, as a PNG.
 
     A line for each divergence with one alpha and epsilon, its points in the order of their scales.
 
     Args:
-        rows: ``divergence``, ``alpha``, ``epsilon``, ``scale``, ``fid`` and ``accuracy`` or ``recall`` or both.
+        rows: ``divergence``, ``alpha``, ``epsilon``, ``scale``, ``fid`` and one :func:`frontier_panels` at least.
         heading: above the panels.
         file: to write to.
     """
-    panels = [name for name in ("accuracy", "recall") if all(name in row for row in rows)]
+    panels = frontier_panels(rows)
     figure = Figure(figsize=(1.2 + 6 * len(panels), 6.4), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, name in zip(all_axes, panels):
@@ -52,6 +52,11 @@ def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryI
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(heading, fontsize=11)
     figure.savefig(file, format="png")
+
+
+def frontier_panels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the Fréchet distance can be drawn against: of ``accuracy`` and ``recall`` those that were measured."""
+    return [name for name in ("accuracy", "recall") if all(name in row for row in rows)]
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[Mapping[str, Any]]]]:

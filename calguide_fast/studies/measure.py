@@ -17,6 +17,7 @@ from calguide_fast.evaluation.evaluator import evaluate
 from calguide_fast.evaluation.extractors import Extractor, extractor_name, import_extractor
 from calguide_fast.evaluation.images import ImagesLike
 from calguide_fast.evaluation.inception import Inception
+from calguide_fast.evaluation.reference import open_reference
 from calguide_fast.generation.settings import Settings, file_hash
 from calguide_fast.models.specs import LoadedClassifier, load_classifier
 
@@ -106,6 +107,11 @@ class Measure:
             "judge": None if self.judge is None else self.judge.name,
             "metrics": list(self.metrics),
         }
+
+    def check(self) -> None:
+        """Load and open all there is, so that what is wrong is found before hours of sampling; raises as `evaluate`."""
+        open_reference(self.reference)
+        _ = self.settings
 
     def __call__(self, samples: Path) -> dict[str, Any]:
         """``figures`` of an .npz file that ``sample`` wrote, by their names, and what `evaluate` says beside them.

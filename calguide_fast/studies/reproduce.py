@@ -169,8 +169,8 @@ def table_text(rows: Sequence[Mapping[str, Any]], images: int, steps: str, measu
         published = row["published"]
         line = [row["title"], f"{published['fid']:.2f}", f"{row['fid']:.2f}", f"{row['fid'] - published['fid']:+.2f}"]
         for name in ("precision", "recall"):
-            line += [_figure(published.get(name)), _figure(row[name])]
-        line += [_figure(row["sfid"]), _figure(row["is"], ".1f")]
+            line += [_figure(published.get(name)), _figure(row.get(name))]
+        line += [_figure(row.get("sfid")), _figure(row.get("is"), ".1f")]
         cells.append([*line, *(_figure(row.get(name), "g") for name in ("alpha", "epsilon", "scale"))])
     text = f"# ImageNet 128×128, {images:,} images, {steps} DDPM steps\n\n{markdown_table(headings, cells)}\n"
     text += "Published figures: " + "; ".join(

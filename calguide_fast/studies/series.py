@@ -56,6 +56,8 @@ def run_series(
     Raises:
         Interrupted, TeammateFailed, OSError, ValueError, TypeError, ImportError: as ``sample`` and `Measure`.
     """
+    if team.rank == 0:
+        measure.check()
     rows: list[dict[str, Any]] = []
     for number, point in enumerate(points, 1):
         team.check()

@@ -90,7 +90,7 @@ def run_sweep(options: argparse.Namespace) -> int:
 
 
 def write_sweep(out: Path, point: Point, measure: Measure, rows: Sequence[dict[str, Any]]) -> None:
-    """Write ``results.json``, ``results.csv`` and, with matplotlib, ``frontier.png`` of the points so far.
+    """Write ``results.json``, ``results.csv`` and, where it can be drawn, ``frontier.png`` of the points so far.
 
     Args:
         out: folder of the sweep.
@@ -108,8 +108,10 @@ def write_sweep(out: Path, point: Point, measure: Measure, rows: Sequence[dict[s
     writer.writerows(rows)
     write_bytes(out / "results.csv", table.getvalue().encode())
     if importlib.util.find_spec("matplotlib") is not None:
-        from calguide_fast.studies.frontier import frontier_plot
+        from calguide_fast.studies.frontier import frontier_panels, frontier_plot
 
+        if not frontier_panels(rows):
+            return
         heading = f"{shared['preset']}: {shared['images']} images a point, the same seeds and labels, "
         heading += f"{shared['steps']} {shared['method'].upper()} steps. Numbers: scales"
         with replacing(out / "frontier.png") as file:

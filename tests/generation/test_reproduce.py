@@ -222,3 +222,19 @@ def test_the_table(tmp_path, monkeypatch):
     assert js[:3] == ["2.13", f"{measured['fid']:.2f}", f"{measured['fid'] - 2.13:+.2f}"]
     assert js[-3:] == ["2", "0.9", "0.5"] and cells(table, "ADM, unguided")[-1] == ""
     assert "these do not compare with them" in table and "the paper's are not known" in table
+
+    # statistics alone: neighbours have nothing to be sought among
+    np.savez(reference, mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(4), sigma_s=np.eye(4))
+    assert main([*command, "--rows", "js"]) == 0
+    again = cells((tmp_path / "out" / "table.md").read_text(), "Jensen–Shannon, ResNet-101")
+    assert again[1] == js[1] and (js[4] != "") and again[4] == again[6] == ""
+
+
+def test_a_bad_reference_is_found_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "Inception", FakeInception)
+    for file in [*map(name_of, URLS), "r.npz"]:
+        (tmp_path / file).write_bytes(b"none")
+    command = [*DRY[:-1], "--weights", str(tmp_path), "--reference", str(tmp_path / "r.npz"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="r.npz is no readable .npz file"):
+        main(command)
+    assert not (tmp_path / "points").exists()
