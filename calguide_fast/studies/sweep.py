@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,9 @@ def _measure(options: argparse.Namespace) -> Measure:
         raise ValueError(
             f"the preset {options.preset} needs a measure: --reference, and either --inception or --features"
         )
+    # a function of the user's is looked for where the command is run, as `python -m` does
+    if options.features is not None and "" not in sys.path:
+        sys.path.insert(0, "")
     judge = options.classifier_judge
     if judge is not None and judge == options.classifier:
         say("the judge is the classifier that guides, so the class accuracy says how well it is obeyed, and no more")
