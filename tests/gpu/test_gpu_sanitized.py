@@ -34,7 +34,7 @@ def test_guidance(num_classes, divergence, kernels):
             assert grad[:2].isfinite().all() and grad[2:].isnan().all()
 
 
-@pytest.mark.parametrize("num_classes", [1, 10, 37, 1001, 5003, 70001])
+@pytest.mark.parametrize("num_classes", [10, 1001, 5003])
 def test_top_label(num_classes, kernels):
     for dtype in (torch.float32, torch.bfloat16):
         logits, labels = torch.randn(5, num_classes).to(dtype), torch.tensor([0, num_classes - 1, -1, 0, 0])
@@ -71,7 +71,7 @@ def test_weights_and_noise(kernels):
         assert sampling_noise(torch.arange(count).cuda(), (3, 7, 5), 2).cpu().isfinite().all()
 
 
-@pytest.mark.parametrize(("count", "bandwidth"), [(1, None), (1025, None), (3001, 0.01), (65_537, None)])
+@pytest.mark.parametrize(("count", "bandwidth"), [(1025, None), (65_537, 0.01)])
 def test_smooth_ece(count, bandwidth, kernels):
     for dtype in (torch.float32, torch.float64):
         confidence = torch.rand(count, dtype=dtype)
