@@ -1,4 +1,4 @@
-"""The command line: ``calguide-fast doctor | demo | train-demo | sample | reliability | calibrate``."""
+"""The command line: ``calguide-fast doctor | demo | sample | evaluate | sweep | …``; see its ``--help``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from typing import Any, TypeVar
 import calguide_fast
 from calguide_fast.calibration.commands import METHODS, report_calibration, report_noise_levels, report_reliability
 from calguide_fast.calibration.sources import EPILOG, Source, add_source_options
+from calguide_fast.evaluation.commands import add_options as add_evaluate_options
+from calguide_fast.evaluation.commands import report_evaluation
 from calguide_fast.generation.commands import run_sample
 from calguide_fast.generation.options import add_options as add_sample_options
+from calguide_fast.studies.reproduce import add_options as add_reproduce_options
+from calguide_fast.studies.reproduce import run_reproduce
+from calguide_fast.studies.sweep import add_options as add_sweep_options
+from calguide_fast.studies.sweep import run_sweep
 
 Result = TypeVar("Result")
 
@@ -49,6 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     add_sample_options(sample)
     sample.set_defaults(run=_sample)
 
+    sweep = commands.add_parser(
+        "sweep",
+        help="sample and measure a grid of divergences, alphas, epsilons and scales",
+        conflict_handler="resolve",
+    )
+    add_sweep_options(sweep)
+    sweep.set_defaults(run=_sweep)
+
+    reproduce = commands.add_parser("reproduce", help="sample and measure the published table of ImageNet 128x128")
+    add_reproduce_options(reproduce)
+    reproduce.set_defaults(run=_reproduce)
+
     reliability = commands.add_parser(
         "reliability",
         help="smooth ECE, accuracy and confidence of a file's or a classifier's predictions, and their diagram",
@@ -75,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         add_source_options(command)
         command.add_argument("--out", type=Path, metavar="PNG", help="write the reliability diagram (needs matplotlib)")
         command.add_argument("--json", type=Path, metavar="JSON", help="write the figures there, and not to the screen")
+
+    evaluate = commands.add_parser("evaluate", help="FID, precision, recall and more of samples in a file or a folder")
+    add_evaluate_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -104,6 +126,14 @@ def _sample(options: argparse.Namespace) -> int:
     return _in_one_line(lambda: run_sample(options))
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    return _in_one_line(lambda: run_sweep(options))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    return _in_one_line(lambda: run_reproduce(options))
+
+
 def _reliability(options: argparse.Namespace) -> int:
     def measure() -> dict[str, Any]:
         source = Source(options)
@@ -121,6 +151,10 @@ def _calibrate(options: argparse.Namespace) -> int:
         return report_calibration(source.predictions(), options.method, test, options.out)
 
     return _report(measure, options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    return _report(lambda: report_evaluation(options), options)
 
 
 def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) -> int:

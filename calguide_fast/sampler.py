@@ -70,7 +70,8 @@ class FDivSampler:
             (B, num_classes) and is differentiable. A list of several guides by the mean of their scores.
         guidance: a :class:`Guidance`, or None to sample without. Its fields may be given as keywords instead:
             ``FDivSampler(model, classifier, divergence="js", alpha=0.5)``.
-        schedule: ``"linear"``, ``"cosine"``, a :class:`calguide_fast.schedule.Schedule` or a (T,) table of betas.
+        schedule: ``"linear"``, ``"cosine"``, a :class:`calguide_fast.schedule.Schedule` or a (T,) table of betas; if
+            not given, the Schedule that ``model.schedule`` is, as an adapter's is, or the linear one.
         classifier_input: ``"x0"``: an off-the-shelf classifier of clean images sees the clipped x̂₀, and the gradient
             is taken there, with no pass back through the model (EluCD). ``"xt"``: a noise-aware one sees x_t (ADM-G).
         cond_fn: ``cond_fn(x_t, t, y=labels, **model_kwargs)`` returning an image gradient, in place of a classifier
@@ -122,7 +123,7 @@ class FDivSampler:
         model: Model,
         classifier: Classifier | Sequence[Classifier] | None = None,
         guidance: Guidance | None | _Missing = _DEFAULT,
-        schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor = "linear",
+        schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor | None = None,
         classifier_input: str = "x0",
         *,
         cond_fn: Callable[..., Tensor] | None = None,
@@ -163,7 +164,7 @@ class FDivSampler:
         self.classifier = networks if isinstance(classifier, _LISTS) else networks[0] if networks else None
         self.cond_fn = cond_fn
         self.group = group
-        self.schedule = Schedule.of(schedule)
+        self.schedule = _schedule_of(model) if schedule is None else Schedule.of(schedule)
         self.classifier_input = classifier_input
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
@@ -700,6 +701,11 @@ def _read(value: Any, module: Any, name: str, default: Any) -> Any:
         return value
     said = getattr(module, name, None)
     return default if said is None else said
+
+
+def _schedule_of(model: Any) -> Schedule:
+    said = getattr(model, "schedule", None)
+    return said if isinstance(said, Schedule) else Schedule.linear()
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

@@ -96,9 +96,8 @@ class Samples:
         return len(self.images)
 
     def to_uint8(self) -> Tensor:
-        """(N, H, W, C) uint8 on the CPU: ((x + 1)·127.5), clipped to 0..255 and truncated, as OpenAI's samplers do."""
-        pixels = ((self.images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-        return pixels.movedim(1, -1).contiguous().cpu()
+        """(N, H, W, C) uint8 on the CPU, as :func:`to_uint8` makes them."""
+        return to_uint8(self.images)
 
     def save_npz(self, path: str | Path) -> Path:
         """Write what OpenAI's evaluator reads, ``arr_0`` the uint8 images and ``arr_1`` the labels; and the seeds.
@@ -134,6 +133,11 @@ class Samples:
         path = Path(path)
         image_grid(self.to_uint8(), columns, zoom).save(path)
         return path
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(N, H, W, C) uint8 on the CPU: ((x + 1)·127.5), clipped to 0..255 and truncated, as OpenAI's samplers do."""
+    return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).movedim(1, -1).contiguous().cpu()
 
 
 def image_grid(pixels: Tensor, columns: int | None = None, zoom: int = 1) -> Image.Image:

@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define CALGUIDE_INLINE static __host__ __device__ __forceinline__
+#define CALGUIDE_TABLE static __device__ constexpr
 #else
 #define CALGUIDE_INLINE static inline __attribute__((always_inline))
+#define CALGUIDE_TABLE constexpr
 #endif
 
 namespace calguide {

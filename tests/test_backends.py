@@ -173,16 +173,6 @@ def test_kernels_for_a_gpu_are_taken_in_order(names, choice, loadable, recwarn):
         assert not by_name[name].loaded and by_name[name].detail == f"no {name} here"
 
 
-def test_an_op_that_a_backend_has_not_is_the_references(loadable, recwarn):
-    loadable("cpu", "cuda", "triton", "reference")
-    assert backends._default(torch.float32, "cuda", "an op").__name__.endswith("reference")
-    # the first that has it
-    backends._loaded["triton"].another = None
-    assert backends._default(torch.float32, "cuda", "another").__name__.endswith("triton")
-    assert backends._default(torch.float32, "cuda").__name__.endswith("cuda")
-    assert not recwarn.list, "what was never written is nothing to warn of"
-
-
 def test_float64_is_served_op_by_op():
     wide = torch.empty(0, dtype=torch.float64)
     assert backends.choose(wide, "smooth_ece").__name__.endswith("cpu")
@@ -191,7 +181,6 @@ def test_float64_is_served_op_by_op():
         assert backends.choose(wide, "smooth_ece").__name__.endswith("cpu")
         with pytest.raises(ValueError, match="does not serve torch.float64"):
             backends.choose(wide, "guidance_gradient")
-        assert backends.choose(torch.empty(0), "an op").__name__.endswith("reference")
 
 
 def test_a_gpu_without_kernels_is_told_with_every_reason(loadable):

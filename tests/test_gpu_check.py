@@ -195,7 +195,7 @@ def test_there_is_something_to_sanitize(check):
     listed = check.run([*check.PYTEST, "tests/gpu", "-m", "sanitizer", "--collect-only"], 120)
     assert listed["ok"] and "test_gpu_sanitized.py" in listed["output"]
     # it is ten to a hundred times slower than a test alone
-    assert 0 < listed["output"].count("test_gpu_sanitized.py::") <= 20
+    assert 0 < listed["output"].count("test_gpu_sanitized.py::") <= 30
 
 
 def test_tools_that_no_time_is_left_for_say_so(check, monkeypatch):

@@ -33,8 +33,8 @@ _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.
 # with, and triton serves.
 _SPECS = {
     "cpu": _Spec(frozenset({"cpu"}), _KERNEL_DTYPES, frozenset({"cpu"}), frozenset({"smooth_ece"})),
-    "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
-    "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"})),
+    "cuda": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"}), frozenset({"smooth_ece"})),
+    "triton": _Spec(frozenset({"cuda"}), _KERNEL_DTYPES, frozenset({"cuda"}), frozenset({"smooth_ece"})),
     "reference": _Spec(None, None, frozenset()),
 }
 
@@ -47,7 +47,7 @@ _override: str | None = None
 def choose(tensor: Tensor, op: str | None = None) -> ModuleType:
     """The backend module that serves ``tensor``'s device and dtype, or the one that an override names.
 
-    Not every backend has every op: one that may be missing is named in ``op``, and is the reference's where it is.
+    An op that serves dtypes which others do not is named in ``op``.
 
     Raises:
         ValueError: the overriding backend does not serve this device or dtype.
@@ -70,11 +70,11 @@ def _default(dtype: torch.dtype, device: str, op: str | None = None) -> ModuleTy
         loaded = _load(name)
         if loaded is None:
             reasons.append(f"the {name!r} backend is not available ({_failures[name]})")
-        elif _has(loaded, op):
+        else:
             backend = loaded
             break
     if backend is None:
-        if preferred and len(reasons) == len(preferred):
+        if preferred:
             text = f"calguide_fast: {'; '.join(reasons)}; using the slow 'reference' backend"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         backend = _require("reference")
@@ -89,18 +89,13 @@ def _overriding(tensor: Tensor, op: str | None) -> ModuleType:
             f"backend {_override!r}, chosen by use_backend or CALGUIDE_BACKEND, does not serve "
             f"{tensor.dtype} tensors on {tensor.device.type!r}"
         )
-    backend = _require(_override)
-    return backend if _has(backend, op) else _require("reference")
+    return _require(_override)
 
 
 def _serves(spec: _Spec, dtype: torch.dtype, device: str, op: str | None) -> bool:
     if spec.devices is not None and device not in spec.devices:
         return False
     return spec.dtypes is None or dtype in spec.dtypes or (dtype == torch.float64 and op in spec.float64_ops)
-
-
-def _has(backend: ModuleType, op: str | None) -> bool:
-    return op is None or hasattr(backend, op)
 
 
 def _load(name: str) -> ModuleType | None:

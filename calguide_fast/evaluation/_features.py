@@ -8,9 +8,17 @@ import torch
 ArrayLike = torch.Tensor | np.ndarray
 
 
-def as_features(features: ArrayLike, name: str, at_least: int) -> torch.Tensor:
-    """Return `features` as a finite float64 CPU tensor (N, D) with N >= `at_least`, or raise naming `name`."""
-    table = torch.as_tensor(features).detach().to("cpu", torch.float64)
+def as_features(
+    features: ArrayLike, name: str, at_least: int, device: torch.device | str | None = "cpu"
+) -> torch.Tensor:
+    """Return `features` as a finite float64 tensor (N, D) with N >= `at_least`, or raise naming `name`.
+
+    It is moved to `device`; with None it stays where it is, if there is float64.
+    """
+    table = torch.as_tensor(features).detach()
+    if device is None:
+        device = "cpu" if table.device.type == "mps" else table.device
+    table = table.to(device, torch.float64)
     if table.ndim != 2 or table.shape[1] == 0:
         raise ValueError(f"{name} must have shape (samples, features), got {tuple(table.shape)}")
     if table.shape[0] < at_least:

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+from torch import Tensor
 
 from calguide_fast.evaluation._features import ArrayLike, as_features, check_same_width
-
-
-class FeatureStatistics(NamedTuple):
-    """Mean and unbiased covariance of features, both float64."""
-
-    mu: torch.Tensor  # [D]
-    sigma: torch.Tensor  # [D, D]
-
-
-def feature_statistics(features: ArrayLike) -> FeatureStatistics:
-    """Mean (D,) and unbiased covariance (D, D) of `features` (N, D).
-
-    Raises ValueError for fewer than two samples, another shape, or values that are not finite.
-    """
-    return _statistics(features, "features")
+from calguide_fast.evaluation.statistics import feature_statistics
 
 
 def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
@@ -32,16 +17,17 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
 
     Raises ValueError for fewer than two samples, widths that differ, or values that are not finite.
     """
-    a, b = _statistics(features_a, "features_a"), _statistics(features_b, "features_b")
-    check_same_width(a.mu, b.mu, "features_a", "features_b")
-    return frechet_distance_from_statistics(*a, *b)
+    a, b = as_features(features_a, "features_a", at_least=2), as_features(features_b, "features_b", at_least=2)
+    check_same_width(a, b, "features_a", "features_b")
+    return frechet_distance_from_statistics(*feature_statistics(a), *feature_statistics(b))
 
 
 def frechet_distance_from_statistics(mu_a: ArrayLike, sigma_a: ArrayLike, mu_b: ArrayLike, sigma_b: ArrayLike) -> float:
     """|mu_a − mu_b|² + Tr(sigma_a + sigma_b − 2 (sigma_a sigma_b)^½), with means (D,) and covariances (D, D).
 
-    The trace of the root is taken from the eigenvalues of the symmetric sigma_a^½ sigma_b sigma_a^½, which are those
-    of sigma_a sigma_b, so that singular covariances (fewer samples than features) need no special care.
+    With sigma_a = A Aᵀ and sigma_b = B Bᵀ the trace of the root is the sum of the singular values of Aᵀ B. These are
+    exact to rounding even where they are zero, while an eigenvalue that should be zero has a root of 1e-8: singular
+    covariances (fewer samples than features) need no special care.
 
     Raises ValueError for shapes that do not fit together or values that are not finite.
     """
@@ -49,23 +35,20 @@ def frechet_distance_from_statistics(mu_a: ArrayLike, sigma_a: ArrayLike, mu_b: 
     mu_b, sigma_b = _checked_moments(mu_b, sigma_b, "b")
     check_same_width(mu_a, mu_b, "mu_a", "mu_b")
 
-    values, vectors = torch.linalg.eigh(sigma_a)
-    root_a = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root_a @ sigma_b @ root_a
-    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    trace_root = torch.linalg.svdvals(_factor(sigma_a).T @ _factor(sigma_b)).sum()
     distance = (mu_a - mu_b).square().sum() + sigma_a.trace() + sigma_b.trace() - 2 * trace_root
     # rounding alone can leave equal Gaussians a hair below zero
     return max(distance.item(), 0.0)
 
 
-def _statistics(features: ArrayLike, name: str) -> FeatureStatistics:
-    table = as_features(features, name, at_least=2)
-    mu = table.mean(0)
-    centred = table - mu
-    return FeatureStatistics(mu, centred.T @ centred / (len(table) - 1))
+def _factor(sigma: Tensor) -> Tensor:
+    """A (D, rank) with A Aᵀ = sigma, without the directions in which sigma is zero up to rounding."""
+    values, vectors = torch.linalg.eigh(sigma)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    return vectors[:, kept] * values[kept].sqrt()
 
 
-def _checked_moments(mu: ArrayLike, sigma: ArrayLike, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked_moments(mu: ArrayLike, sigma: ArrayLike, side: str) -> tuple[Tensor, Tensor]:
     mu = torch.as_tensor(mu).detach().to("cpu", torch.float64)
     sigma = torch.as_tensor(sigma).detach().to("cpu", torch.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from calguide_fast.generation.presets import PRESETS, RECIPES
 from calguide_fast.ops.divergences import CODES
@@ -40,7 +42,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser. What is not given is None, for the preset and the recipe to decide."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = DESCRIPTION, EPILOG
+    for add in (add_networks, add_images, add_process, add_guidance, add_machine, _add_output):
+        add(parser)
 
+
+def options_of(preset: str, out: Path, given: Mapping[str, Any]) -> argparse.Namespace:
+    """What the command's parser makes of a preset, a folder, and the options that are given by their names."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    options = parser.parse_args(["--preset", preset, "--out", str(out)])
+    vars(options).update({name: value for name, value in given.items() if name in vars(options)})
+    return options
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
     networks = parser.add_argument_group("networks")
     networks.add_argument(
         "--preset",
@@ -64,6 +79,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="swap a ResNet's ReLU for Softplus, 0 keeps ReLU (elucd, ours: 3; EluCD's EDM runs: 5)",
     )
 
+
+def add_images(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images")
     images.add_argument("--num-samples", type=int, metavar="N", help="how many (50000; digits: 2000)")
     images.add_argument(
@@ -81,6 +98,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="images at a time, on each device; what is tilted, and redone after a crash, together (64; digits: 200)",
     )
 
+
+def add_process(parser: argparse.ArgumentParser) -> None:
     process = parser.add_argument_group("reverse process")
     process.add_argument(
         "--steps",
@@ -90,6 +109,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     process.add_argument("--method", default="ddpm", help="ddpm, ddim, heun or dpmpp (%(default)s)")
     process.add_argument("--eta", type=float, default=0.0, help="of DDIM (%(default)s)")
 
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
     guidance = parser.add_argument_group("guidance")
     guidance.add_argument("--recipe", choices=RECIPES, default="ours", help="where to begin; see below (%(default)s)")
     guidance.add_argument(
@@ -141,6 +162,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--entropy-scaling", type=float, metavar="MAX", help="ED-DPM's factor log C / H(p), at most this (off)"
     )
 
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda or cuda:N (each process's own GPU, else the CPU)")
     machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the networks (fp32)")
@@ -148,6 +171,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--compile", action="store_true", help="run the networks through torch.compile")
     machine.add_argument("--cuda-graph", action="store_true", help="replay each step as one CUDA graph")
 
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="a new folder, or, with --resume, one that was begun"

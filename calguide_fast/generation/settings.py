@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ def settings_hash(settings: Settings) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, which is not held in memory at once."""
+    """The SHA-256 of a file, which is not held in memory at once, nor read again while it is unchanged."""
+    status = path.stat()
+    return _hash_of(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hash_of(path: Path, _size: int, _modified: int) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

@@ -39,7 +39,7 @@ class Team:
         self, interrupts: Interrupts, rank: int = 0, size: int = 1, store: distributed.Store | None = None
     ) -> None:
         self.interrupts, self.rank, self.size = interrupts, rank, size
-        self._store = distributed.HashStore() if store is None else store
+        self._store = self._shared = distributed.HashStore() if store is None else store
 
     @classmethod
     def from_environment(cls, interrupts: Interrupts) -> Team:
@@ -48,6 +48,12 @@ class Team:
             return cls(interrupts)
         store, rank, size = next(distributed.rendezvous("env://"))
         return cls(interrupts, rank, size, distributed.PrefixStore("calguide_fast", store))
+
+    def part(self, name: str) -> Team:
+        """The same processes at one piece of work among several: values and counts are its own, failures are not."""
+        part = Team(self.interrupts, self.rank, self.size, distributed.PrefixStore(name, self._store))
+        part._shared = self._shared
+        return part
 
     def from_first(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, as JSON keeps it, on every rank."""
@@ -78,13 +84,13 @@ class Team:
         """Tell the others to stop."""
         # a store that is gone went with the launcher, and then nobody is left to be told
         with contextlib.suppress(RuntimeError):
-            self._store.set("failure", f"rank {self.rank}: {reason}")
+            self._shared.set("failure", f"rank {self.rank}: {reason}")
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come, or TeammateFailed if another rank has given up."""
         self.interrupts.check()
-        if self._store.check(["failure"]):
-            raise TeammateFailed(self._store.get("failure").decode())
+        if self._shared.check(["failure"]):
+            raise TeammateFailed(self._shared.get("failure").decode())
 
     def _wait_for(self, name: str) -> Any:
         while not self._store.check([name]):

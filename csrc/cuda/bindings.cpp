@@ -3,6 +3,7 @@
 
 #include "cuda/guidance.h"
 #include "cuda/place.h"
+#include "cuda/smooth_ece.h"
 #include "cuda/step.h"
 #include "cuda/tilt.h"
 #include "cuda/top_label.h"
@@ -94,6 +95,21 @@ PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
   });
 }
 
+void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, uintptr_t weights, int64_t count,
+                bool wide, double bandwidth, uintptr_t stats, uintptr_t grad, uintptr_t scratch) {
+  const SmoothEceArguments arguments = {reinterpret_cast<const void*>(confidence),
+                                        reinterpret_cast<const uint8_t*>(correct),
+                                        reinterpret_cast<const void*>(weights),
+                                        count,
+                                        wide,
+                                        bandwidth,
+                                        reinterpret_cast<void*>(stats),
+                                        reinterpret_cast<void*>(grad)};
+  launch_at(pair.ptr(), [&](const Place& place) {
+    launch_smooth_ece(arguments, reinterpret_cast<SmoothEceScratch*>(scratch), place);
+  });
+}
+
 int version(cudaError_t (*query)(int*)) {
   int number = 0;
   return query(&number) == cudaSuccess ? number : 0;
@@ -160,6 +176,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("top_label_backward", top_label_backward_function<py::tuple>(&pull));
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
+  module.def("smooth_ece", &smooth_ece);
+  // doubles that every call of smooth_ece needs to itself
+  module.attr("smooth_ece_scratch") = sizeof(SmoothEceScratch) / sizeof(double);
   module.def("unavailable", &unavailable);
   module.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
 }

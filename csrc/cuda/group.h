@@ -57,6 +57,11 @@ struct WarpGroup {
   }
 };
 
+// What an operation makes of the values of the threads before one, and of all threads.
+struct Scan {
+  int before, all;
+};
+
 // A whole block of THREADS along x.
 template <int THREADS>
 struct BlockGroup {
@@ -99,6 +104,27 @@ struct BlockGroup {
     }
     __syncthreads();
     return value;
+  }
+
+  // none: what the operation makes of no values
+  template <class Operation>
+  CALGUIDE_MEMBER Scan scan(int value, int none, const Operation& operation) const {
+    const int lane = rank() % warp_size;
+    for (int distance = 1; distance < warp_size; distance *= 2) {
+      const int other = __shfl_up_sync(all_lanes, value, distance);
+      if (lane >= distance) value = operation(other, value);
+    }
+    const int lanes_before = __shfl_up_sync(all_lanes, value, 1);
+    const double last[1] = {static_cast<double>(__shfl_sync(all_lanes, value, warp_size - 1))};
+    share(last);
+    Scan scan = {none, none};
+    for (int warp = 0; warp < warps; ++warp) {
+      if (warp == rank() / warp_size) scan.before = scan.all;
+      scan.all = operation(scan.all, static_cast<int>(scratch[warp]));
+    }
+    if (lane > 0) scan.before = operation(scan.before, lanes_before);
+    __syncthreads();
+    return scan;
   }
 
  private:

@@ -39,8 +39,10 @@ def load_backend(library: Path) -> ModuleType:
         "philox_normal",
         "top_label",
         "top_label_backward",
+        "smooth_ece",
     ):
-        setattr(module, name, getattr(module._kernels, name))
+        # there is no device to make the current one
+        setattr(module, name, getattr(module, name).__wrapped__)
     module.emulator = build.Emulator(library)
     return module
 
@@ -53,5 +55,6 @@ def emulated_backend() -> ModuleType:
 def serve_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `use_backend("cuda")` compute CPU tensors by emulation."""
     kernel_dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
-    monkeypatch.setitem(backends._SPECS, "cuda", backends._Spec(frozenset({"cpu"}), kernel_dtypes, frozenset()))
+    spec = backends._Spec(frozenset({"cpu"}), kernel_dtypes, frozenset(), frozenset({"smooth_ece"}))
+    monkeypatch.setitem(backends._SPECS, "cuda", spec)
     monkeypatch.setitem(backends._loaded, "cuda", emulated_backend())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -15,6 +16,8 @@ from calguide_fast.schedule import Schedule
 Call = Callable[[ModuleType], list[Tensor]]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# errors that are allowed, relative to the larger of 1 and the size
+UNITS = {torch.float64: 2e-7, torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # one of every kind of sum: two exponentials, a log in floats, powers in doubles
 DIVERGENCES = {"none": (0, 0.0), "reverse_kl": (1, 0.0), "js": (3, 0.0), "chi2": (6, 0.0), "alpha": (8, -0.5)}
 # squares the ratios of tiny probabilities, whose exponents must be exact
@@ -159,6 +162,34 @@ def normals(batch: int, shape: tuple[int, ...]) -> Call:
     return lambda backend: [backend.philox_normal(seeds, shape, 7, 0)]
 
 
+def calibration(
+    kind: str, count: int, dtype: torch.dtype = torch.float64, weighted: bool = False, bandwidth: float = 0.0
+) -> Call:
+    confidence = torch.rand(count, generator=_generator(), dtype=torch.float64)
+    correct = torch.rand(count, generator=_generator(1), dtype=torch.float64) < confidence
+    weights = torch.rand(count, generator=_generator(2), dtype=dtype) if weighted else None
+    if kind == "sure":
+        # at the ends, and so near them that a node beyond has a share
+        confidence[::3], confidence[1::6], confidence[2::6] = 1.0, 1 - 2e-5 * confidence[1::6], 2e-5 * confidence[2::6]
+    elif kind == "dipping":
+        # R dips through 0 between two points of the grid
+        confidence[:3] = torch.tensor([0.2062, 0.4562, 0.7062])
+        correct[:3], weights[:3] = torch.tensor([False, True, False]), torch.tensor([1.0, 0.06183, 1.0])
+    elif kind == "spoilt":
+        confidence[count // 2] = math.nan
+    confidence = confidence.to(dtype)
+
+    def call(backend: ModuleType) -> list[Tensor]:
+        if kind == "spoilt" and backend is reference:
+            # what it makes an error of where it need not wait
+            return [torch.full((2,), math.nan, dtype=dtype), torch.full((count,), math.nan, dtype=dtype)]
+        stats, grad = backend.smooth_ece(confidence, correct, weights, bandwidth, True)
+        # allowed two thousand times the error of the value, as it is 1 to 20 times 1 / count
+        return [stats, grad * (count / 2000)]
+
+    return call
+
+
 def coefficients() -> Tensor:
     return Schedule.linear().respaced("25").coefficients()[9].clone()
 
@@ -198,6 +229,17 @@ def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
             yield f"step {shape} {method}", step(shape, method), {}
         yield f"x0 {shape}", x0(shape, torch.float32, torch.float16), {}
         yield f"normals {shape}", normals(shape[0], shape[1:]), {}
+    yield "smooth ECE of one sample", calibration("even", 1), {}
+    yield "smooth ECE of a few samples", calibration("dipping", 3, weighted=True, bandwidth=0.1), {}
+    yield "smooth ECE of blocks", calibration("even", 1500), {}
+    yield "smooth ECE of weights", calibration("even", 5000, torch.float32, weighted=True, bandwidth=0.02), {}
+    yield "smooth ECE of a sure classifier", calibration("sure", 700, weighted=True, bandwidth=0.005), {}
+    yield "smooth ECE of a wide kernel", calibration("even", 300, torch.float32, bandwidth=3.0), {}
+    yield "smooth ECE of a NaN", calibration("spoilt", 300), {}
+    # in tables of shared memory, and where there is none for them
+    many = calibration("sure", (1 << 16) + 7, bandwidth=0.1)
+    yield "smooth ECE of many samples", many, {}
+    yield "smooth ECE of many samples in little memory", many, {"shared_limit": LITTLE_SHARED}
     odd = (3, 3, 7, 9)
     for layout in ("channels_last", "shifted", "padded"):
         for dtype in DTYPES:
@@ -249,14 +291,15 @@ def results(backend: ModuleType, name: str, seed: int = 0) -> list[Tensor]:
             backend.emulator[setting] = value
 
 
-# of integers none
-UNITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+@functools.cache
+def expected_results(name: str) -> list[Tensor]:
+    return CASES[name][0](reference)
 
 
 def wrong(name: str, found: list[Tensor]) -> str:
     """What is wrong with the results of a case, or nothing: NaN for NaN, and near the reference elsewhere."""
-    for number, (actual, expected) in enumerate(zip(found, CASES[name][0](reference), strict=True)):
-        unit = UNITS.get(actual.dtype, 0.0)
+    for number, (actual, expected) in enumerate(zip(found, expected_results(name), strict=True)):
+        unit = UNITS.get(actual.dtype, 0.0)  # integers exactly
         actual, expected = actual.double(), expected.double()
         allowed = 1.01 * unit * expected.abs().clamp(min=1)
         good = ((actual - expected).abs() <= allowed) | (actual == expected) | (actual.isnan() & expected.isnan())

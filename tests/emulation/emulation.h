@@ -182,6 +182,20 @@ T __ldg(const T* at) {
   return *at;
 }
 
+// One thread runs at a time, and is not switched in here.
+template <class T>
+T atomicAdd(T* at, std::common_type_t<T> value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at |= value;
+  return before;
+}
+
 // the stream and the kernel's arguments come last
 #define CALGUIDE_LAUNCH(kernel, grid, block, dynamic_shared_bytes, ...) \
   ::emulation::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, __VA_ARGS__)

@@ -1,4 +1,6 @@
-"""What the cases say of each mutant in a library: python -m emulation.verdicts LIBRARY COUNT prints them as JSON.
+"""What the cases say of each mutant in a library: python -m emulation.verdicts LIBRARY FIRST... prints them as JSON.
+
+FIRST, one for each mutant, is how the names of the cases begin that are tried first: those that its fault is in.
 
 Each mutant runs in a process of its own, as it may write where it should not.
 """
@@ -15,15 +17,15 @@ from types import ModuleType
 
 import torch
 from emulation.backend import load_backend
-from emulation.cases import CASES, bits, results, wrong
+from emulation.cases import CASES, bits, expected_results, results, wrong
 
 SEEDS = range(1, 5)
 SECONDS = 20
 
 
-def verdict(backend: ModuleType) -> str:
+def verdict(backend: ModuleType, first: str) -> str:
     """The first thing that is wrong, or nothing."""
-    for name in CASES:
+    for name in sorted(CASES, key=lambda name: not name.startswith(first)):
         in_order = results(backend, name)
         if text := wrong(name, in_order):
             return text
@@ -34,13 +36,13 @@ def verdict(backend: ModuleType) -> str:
     return ""
 
 
-def verdict_of_child(backend: ModuleType) -> str:
+def verdict_of_child(backend: ModuleType, first: str) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         signal.alarm(SECONDS)
         try:
-            text = verdict(backend)
+            text = verdict(backend, first)
         except RuntimeError as error:
             text = str(error)
         os.write(writing, text.encode()[:4000])
@@ -57,7 +59,9 @@ if __name__ == "__main__":
     library = Path(sys.argv[1])
     backend = load_backend(library)
     mutant = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "calguide_mutant")
+    for name in CASES:
+        expected_results(name)
     verdicts = []
-    for mutant.value in range(int(sys.argv[2])):
-        verdicts.append(verdict_of_child(backend))
+    for mutant.value, first in enumerate(sys.argv[2:]):
+        verdicts.append(verdict_of_child(backend, first))
     print(json.dumps(verdicts))

@@ -34,6 +34,17 @@ def test_what_rank_0_finds_is_known_to_all(pair):
     first.wait_for_count("images", 5)
 
 
+def test_parts_share_failures_alone(pair):
+    parts = [[team.part(name) for team in pair] for name in "12"]
+    for first, second in parts:
+        assert [*first.deal("ab")] == ["a", "b"] and [*second.deal("ab")] == []
+        assert first.from_first("x", "answer".upper) == second.from_first("x", int)
+    parts[0][1].fail("lost")
+    for team in (*pair, *parts[0], *parts[1]):
+        with pytest.raises(TeammateFailed, match="^rank 1: lost$"):
+            team.check()
+
+
 def test_who_waits_hears_of_a_failure(pair):
     first, second = pair
     second.check()

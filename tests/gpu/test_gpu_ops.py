@@ -14,7 +14,15 @@ import torch
 from formulas import NAMES, assert_near, literal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calguide_fast import guidance_gradient, guidance_score, guided_step, predict_x0, tilt_weights, use_backend
+from calguide_fast import (
+    guidance_gradient,
+    guidance_score,
+    guided_step,
+    predict_x0,
+    smooth_ece,
+    tilt_weights,
+    use_backend,
+)
 from calguide_fast.ops._library import is_direct
 from calguide_fast.ops.guidance import guidance_settings
 from calguide_fast.ops.noise import sampling_noise
@@ -237,6 +245,74 @@ def test_score_has_its_gradient(kernels):
     logits, labels = torch.randn(7, 100, device="cuda", requires_grad=True), torch.arange(7, device="cuda")
     (grad,) = torch.autograd.grad(guidance_score(logits, labels, "forward_kl").sum(), logits)
     assert torch.equal(grad, guidance_gradient(logits.detach(), labels, "forward_kl").grad)
+
+
+def outcomes(kind: str, count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    confidence = torch.rand(count, dtype=torch.float64)
+    correct = torch.rand(count, dtype=torch.float64) < (confidence**1.5 if kind == "off" else confidence)
+    if kind == "sure":
+        confidence[::2], confidence[1::6] = 1.0, 0.0
+    return confidence.to(dtype).cuda(), correct.cuda()
+
+
+def value_and_gradient(confidence, correct, bandwidth=None, weights=None) -> list[torch.Tensor]:
+    leaf = confidence.detach().requires_grad_()
+    value, sigma = smooth_ece(leaf, correct, bandwidth, weights)
+    return [value.detach(), sigma, torch.autograd.grad(value, leaf)[0]]
+
+
+@pytest.mark.parametrize("bandwidth", [None, 0.001, 0.01, 0.1, 3.0])
+@pytest.mark.parametrize("count", [1, 2, 700, 70_001])
+@pytest.mark.parametrize("kind", ["off", "calibrated", "sure"])
+def test_smooth_ece_is_the_references(kind, count, bandwidth, kernels):
+    for weighted in (False, True):
+        confidence, correct = outcomes(kind, count)
+        weights = torch.rand(count, dtype=torch.float64, device="cuda") if weighted else None
+        found = value_and_gradient(confidence, correct, bandwidth, weights)
+        narrow = value_and_gradient(confidence.float(), correct, bandwidth, weights)
+        with use_backend("reference"):
+            expected = value_and_gradient(confidence, correct, bandwidth, weights)
+            expected_narrow = value_and_gradient(confidence.float(), correct, bandwidth, weights)
+        for got, wanted, allowed in ((found, expected, 1e-7), (narrow, expected_narrow, 1e-5)):
+            size = wanted[2].abs().max().clamp(min=1e-30)
+            assert_near(got[0].cpu(), wanted[0].cpu().double(), allowed)
+            assert_near(got[1].cpu(), wanted[1].cpu().double(), allowed)
+            assert_near((got[2] / size).cpu(), (wanted[2] / size).cpu().double(), 1e-5)
+
+
+def test_smooth_ece_does_not_wait_and_ignores_the_order(kernels):
+    confidence, correct = outcomes("sure", 200_000, torch.float32)
+    order = torch.randperm(len(confidence), device="cuda")
+    first = value_and_gradient(confidence, correct)
+    with no_waiting():
+        again = value_and_gradient(confidence, correct)
+        shuffled = value_and_gradient(confidence[order], correct[order])
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert torch.equal(first[0], shuffled[0]) and torch.equal(first[2][order], shuffled[2])
+
+
+@pytest.mark.parametrize("spoilt", [-1e-6, 1.001, math.nan])
+def test_smooth_ece_of_what_is_not_allowed_is_nan(spoilt, kernels):
+    for count in (3, 70_001):
+        confidence, correct = outcomes("off", count)
+        confidence[count // 2] = spoilt
+        with no_waiting():
+            found = value_and_gradient(confidence, correct)
+        assert all(part.isnan().all() for part in found)
+
+
+def test_a_cuda_graph_records_the_smooth_ece(kernels):
+    held, correct = outcomes("off", 70_001, torch.float32)
+    ops = torch.ops.calguide_fast
+    ops.smooth_ece(held, correct, None, 0.0, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.smooth_ece(held, correct, None, 0.0, True)
+    for kind in ("calibrated", "sure"):
+        held.copy_(outcomes(kind, len(held), torch.float32)[0])
+        graph.replay()
+        expected = ops.smooth_ece(held, correct, None, 0.0, True)
+        assert all(torch.equal(a, b) for a, b in zip(results, expected))
 
 
 @pytest.fixture

@@ -157,11 +157,17 @@ def test_labels_are_one_hot_and_the_null_class_is_none():
         unconditional.denoise(x, sigma, LABELS)
 
 
+def test_the_sampler_reads_the_schedule_off():
+    model = MODELS["edm"](schedule="cosine")
+    assert FDivSampler(model, guidance=None).schedule is model.schedule
+    assert FDivSampler(model, guidance=None, schedule="linear").schedule is not model.schedule
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_ddim_is_euler_on_the_denoiser(name):
     """Song et al.: with η=0 and no clip, DDIM is Euler's method in EDM's scaling, dx/dσ = (x − D)/σ."""
     model, noise = MODELS[name](kind=VPPrecond), torch.randn(9, N, 3, 6, 6)
-    sampler = FDivSampler(model, guidance=None, schedule=model.schedule, clip_denoised=False)
+    sampler = FDivSampler(model, guidance=None, clip_denoised=False)
     found = sampler.sample(LABELS, range(N), "8", "ddim", noise=noise, progress=False).images
     wide, sigmas = as_denoiser(model), [*model.schedule.respaced("8").sigmas[::-1], 0.0]
     x = noise[0].double() * math.sqrt(1 + sigmas[0] ** 2)

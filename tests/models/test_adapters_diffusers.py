@@ -43,7 +43,7 @@ def compared(monkeypatch, kind, scheduler_options, num_classes, step_options, **
     net, noise = unet(num_classes), torch.randn(STEPS + 1, N, 3, 8, 8)
     scheduler = kind(**scheduler_options)
     model = from_diffusers(net, scheduler)
-    sampler = FDivSampler(model, guidance=None, schedule=model.schedule, **sampler_options)
+    sampler = FDivSampler(model, guidance=None, **sampler_options)
     method = "ddim" if kind is diffusers.DDIMScheduler else "ddpm"
     found = sampler.sample(LABELS, range(N), f"ddim{STEPS}", method, noise=noise, progress=False).images
 
@@ -95,7 +95,7 @@ def test_between_timesteps_the_denoiser_is_the_predictions_own(prediction):
 
 def test_what_the_sampler_reads_off():
     model = from_diffusers(unet(5), diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
-    sampler = FDivSampler(model, schedule=model.schedule)
+    sampler = FDivSampler(model)
     assert sampler.shape == (3, 8, 8) and sampler.class_conditional and sampler.num_classes == 5
     assert sampler.schedule is model.schedule and model.schedule.num_timesteps == 1000
     assert abs(model.schedule.alphas_cumprod - Schedule.cosine().alphas_cumprod).max() < 1e-5
@@ -117,12 +117,12 @@ def test_guided_and_in_half_precision():
         return torch.stack([(k + 1) * x0[:, k % 3].mean((1, 2)) for k in range(5)], 1)
 
     def images(guidance=None, **options):
-        sampler = FDivSampler(model, classifier if guidance else None, guidance, schedule=model.schedule, **options)
+        sampler = FDivSampler(model, classifier if guidance else None, guidance, **options)
         return sampler.sample(LABELS, range(N), 5, progress=False).images
 
     plain = images()
     assert (images(Guidance("js", scale=50.0)) - plain).abs().max() > 0.05
-    half = FDivSampler(model, guidance=None, schedule=model.schedule, dtype=torch.bfloat16)
+    half = FDivSampler(model, guidance=None, dtype=torch.bfloat16)
     assert half.model.unet.dtype == torch.bfloat16 and net.dtype == torch.float32
     x_t, t = torch.randn(N, 3, 8, 8), torch.full((N,), 999)
     assert half.model(x_t, t, LABELS).dtype == torch.float32

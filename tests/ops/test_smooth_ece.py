@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from emulation.backend import emulated_backend, serve_cpu_tensors
 from formulas import assert_near
 from numpy.typing import NDArray
 
@@ -20,9 +21,27 @@ Sample = tuple[NDArray, NDArray, NDArray]  # confidences, outcomes, weights
 FLOOR = 1e-3
 
 
+@pytest.fixture(params=["cpu", "cuda", pytest.param("triton", marks=pytest.mark.full), "reference"])
+def served(request, monkeypatch):
+    """The backends: CUDA by emulation, Triton by interpretation, where each measurement takes a second or so."""
+    if request.param == "cuda":
+        serve_cpu_tensors(monkeypatch)
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
+    with use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["cpu", "reference"])
-def served(request):
-    """The backends that have the op; the others leave it to the reference."""
+def served_quickly(request):
+    """Those with which hundreds of measurements take no minutes."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def checked(request):
+    """The backends that look at the values of a CPU's tensors."""
     with use_backend(request.param):
         yield request.param
 
@@ -168,14 +187,13 @@ def test_binned_moments_serve_any_bandwidth(sigma):
 
 @pytest.mark.parametrize("n", [3, 100, 4096, 4097, 20000])
 @pytest.mark.parametrize("power", [1.0, 1.5])
-def test_kernel_equals_reference(n, power):
+def test_kernels_equal_reference(n, power):
     f, y = sample(n, power)
-    results = []
-    for backend in (cpu, reference):
-        results.append(backend.smooth_ece(f, y, None, 0.0, True))
-    (stats, grad), (expected_stats, expected_grad) = results
-    assert_near(stats, expected_stats, 2e-9)
-    assert_near(grad / expected_grad.abs().max(), expected_grad / expected_grad.abs().max(), 5e-6)
+    expected_stats, expected_grad = reference.smooth_ece(f, y, None, 0.0, True)
+    for backend in (cpu, emulated_backend()):
+        stats, grad = backend.smooth_ece(f, y, None, 0.0, True)
+        assert_near(stats, expected_stats, 2e-9)
+        assert_near(grad / expected_grad.abs().max(), expected_grad / expected_grad.abs().max(), 5e-6)
 
 
 def test_a_double_root_between_two_looks_is_found():
@@ -184,8 +202,9 @@ def test_a_double_root_between_two_looks_is_found():
     y = torch.tensor([0.0, 1.0, 0.0])
     for weight in torch.linspace(0.0614, 0.0624, 100, dtype=torch.float64):
         w = torch.tensor([1.0, weight, 1.0], dtype=torch.float64)
-        values = [backend.smooth_ece(f, y > 0, w, 0.1, False)[0][0] for backend in (cpu, reference)]
-        assert_near(values[0], values[1], 1e-9)
+        expected = reference.smooth_ece(f, y > 0, w, 0.1, False)[0]
+        for backend in (cpu, emulated_backend()):
+            assert_near(backend.smooth_ece(f, y > 0, w, 0.1, False)[0], expected, 1e-9)
 
 
 def test_gradient_where_the_residual_grazes_zero(served):
@@ -225,7 +244,7 @@ def test_narrow_confidences(dtype, served):
 
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
 @pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
-def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
+def test_gradient_is_that_of_finite_differences(name, bandwidth, served_quickly):
     f, y, w = tensors(name)
     f = f.clamp(1e-4, 1 - 1e-4)
     leaf = f.clone().requires_grad_()
@@ -238,7 +257,7 @@ def test_gradient_is_that_of_finite_differences(name, bandwidth, served):
 
 
 @pytest.mark.parametrize("bandwidth", [None, 0.1])
-def test_gradcheck(bandwidth, served):
+def test_gradcheck(bandwidth, served_quickly):
     f, y = sample(12)
     assert torch.autograd.gradcheck(lambda f: smooth_ece(f, y, bandwidth).value, (f.requires_grad_(),))
 
@@ -255,7 +274,7 @@ def test_gradient_scales_and_bandwidth_is_detached(served):
         assert not smooth_ece(leaf, y).value.requires_grad
 
 
-def test_func_transforms(served):
+def test_func_transforms(served_quickly):
     f, y = sample(60)
     f, y = f.view(3, 20), y.view(3, 20)
 
@@ -362,7 +381,7 @@ def test_result_does_not_depend_on_threads(two_threads):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_gradient_descent_calibrates(served):
+def test_gradient_descent_calibrates(served_quickly):
     """Confidences 0.3 too high are brought to the frequency by temperature alone."""
     margin = 2 * torch.rand(2000) + 0.5
     y = torch.rand(2000) < torch.sigmoid(margin)
@@ -396,7 +415,7 @@ def test_from_logits_classwise_is_the_mean(served):
 
 
 @pytest.mark.parametrize("classwise", [False, True])
-def test_from_logits_gradcheck(classwise, served):
+def test_from_logits_gradcheck(classwise, served_quickly):
     logits, labels = torch.randn(8, 3, dtype=torch.float64, requires_grad=True), torch.randint(3, (8,))
     assert torch.autograd.gradcheck(
         lambda logits: smooth_ece_from_logits(logits, labels, classwise=classwise).value, (logits,)
@@ -431,13 +450,13 @@ HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
         ((HALF, RIGHT > 0, None, torch.zeros(3)), ValueError, r"weights are all 0 \(3 of them\)"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, error, message, served):
+def test_wrong_arguments_are_named(arguments, error, message, checked):
     with pytest.raises(error, match=message):
         smooth_ece(*arguments)
 
 
 @pytest.mark.parametrize("index", [0, 127, 4999])
-def test_a_wrong_value_among_many_is_found(index, served):
+def test_a_wrong_value_among_many_is_found(index, checked):
     f, y = sample(5000)
     f[index] = math.nan
     with pytest.raises(ValueError, match=rf"confidence\[{index}\]=nan"):
@@ -459,14 +478,32 @@ def test_wrong_logits_and_labels_are_named(arguments, error, message):
         smooth_ece_from_logits(*arguments)
 
 
-@pytest.mark.parametrize("spoilt", ["confidence", "range", "weights"])
-def test_where_values_are_not_looked_at_they_give_nan(spoilt, monkeypatch):
+SPOILT = {
+    "not a number": (0, math.nan),
+    "above 1": (0, 1.5),
+    "below 0": (0, -1e-9),
+    "a negative weight": (1, -1.0),
+    "a weight that is no number": (1, math.nan),
+    "an infinite weight": (1, math.inf),
+}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+@pytest.mark.parametrize("bandwidth", [0.0, 0.1])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_where_values_are_not_looked_at_they_give_nan(spoilt, bandwidth, backend, monkeypatch):
     """As on a GPU, whose tensors are not waited for."""
     monkeypatch.setattr(plain, "check_outcomes", lambda *arguments: None)
-    f, w = HALF.clone(), torch.ones(3)
-    if spoilt == "weights":
-        w[1] = -1.0
-    else:
-        f[1] = math.nan if spoilt == "confidence" else 1.5
-    stats, grad = reference.smooth_ece(f, RIGHT > 0, w, 0.0, True)
+    kernels = emulated_backend() if backend == "cuda" else reference
+    samples = HALF.clone(), torch.ones(3)
+    which, value = SPOILT[spoilt]
+    samples[which][1] = value
+    stats, grad = kernels.smooth_ece(samples[0], RIGHT > 0, samples[1], bandwidth, True)
     assert stats.isnan().all() and grad.shape == (3,) and grad.isnan().all()
+
+
+def test_weights_that_are_all_zero_give_nan_where_they_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr(plain, "check_outcomes", lambda *arguments: None)
+    for kernels in (emulated_backend(), reference):
+        stats, grad = kernels.smooth_ece(HALF, RIGHT > 0, torch.zeros(3), 0.0, True)
+        assert stats.isnan().all() and grad.isnan().all()

@@ -31,6 +31,9 @@ REGISTERS = {
     "tilt": 48,
     "noise": 48,
 }
+# of the smooth ECE, whose numbers are all float64: two programs of 256 threads with 128; the one that searches has a
+# multiprocessor to itself
+REGISTERS |= {"weigh": 48, "deposit": 48, "moments": 128, "search": 255, "curve": 128, "gradient": 48}
 IN_DOUBLE = ("guidance chi2", "guidance neyman_chi2", "guidance alpha")
 # where the assembler, by version and device, buys one more program with a few bytes of what it needs rarely: class
 # terms, and rows in several tiles
@@ -78,3 +81,14 @@ def test_rows_of_a_multiple_of_four_logits_are_read_16_bytes_at_a_time(compiled)
     assert "ld.global.v4" in compiled["top_label"]["ptx"]
     assert "ld.global.v4" in compiled["top_label_backward"]["ptx"]
     assert "st.global.v4" in compiled["top_label_backward"]["ptx"]
+
+
+def test_terms_of_a_cosine_series_are_side_by_side_in_one_thread(compiled):
+    for case in ("moments", "curve"):
+        assert "shfl" not in compiled[case]["ptx"] and "shared" not in compiled[case]["ptx"]
+
+
+@pytest.mark.parametrize("case", ["deposit", "deposit weighted"])
+def test_what_is_added_in_any_order_are_integers(case, compiled):
+    added = set(re.findall(r"\b(?:red|atom)\.[a-z.]*add(?:\.noftz)?\.([a-z]\d+)", compiled[case]["ptx"]))
+    assert added == {"u64"}

@@ -10,6 +10,7 @@ import triton
 
 from calguide_fast.backends.triton.guidance import guidance_gradient
 from calguide_fast.backends.triton.noise import philox_normal
+from calguide_fast.backends.triton.smooth_ece import smooth_ece
 from calguide_fast.backends.triton.step import guided_step, predict_x0
 from calguide_fast.backends.triton.tilt import tilt_weights
 from calguide_fast.backends.triton.top_label import top_label, top_label_backward
@@ -20,6 +21,7 @@ __all__ = [
     "guided_step",
     "philox_normal",
     "predict_x0",
+    "smooth_ece",
     "tilt_weights",
     "top_label",
     "top_label_backward",

@@ -21,7 +21,7 @@ class DenoiserModel(nn.Module):
     is called.
 
     Attributes:
-        schedule: what ``t`` counts; the sampler is to be given the same.
+        schedule: what ``t`` counts; :class:`calguide_fast.FDivSampler` reads it off, too.
         sigma_min, sigma_max: the noise levels to sample between, in EDM's units.
         image_size, in_channels, num_classes, class_conditional: what :class:`calguide_fast.FDivSampler` reads off.
 

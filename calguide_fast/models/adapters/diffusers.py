@@ -20,7 +20,7 @@ def from_diffusers(unet: Any, scheduler: Any = None) -> DiffusersModel:
 
         pipeline = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
         model = from_diffusers(pipeline.unet.eval(), pipeline.scheduler)
-        sampler = FDivSampler(model, classifier, schedule=model.schedule)
+        sampler = FDivSampler(model, classifier)
         sampler.sample(labels, steps="ddim25", method="ddim")
 
     FDivSampler then does what the scheduler's ``step`` does, where these settings agree: ``variance`` with its
@@ -73,8 +73,8 @@ class DiffusersModel(nn.Module):
 
     Attributes:
         unet: the network itself.
-        schedule: of the scheduler, to be given to the sampler.
-        image_size, in_channels, num_classes, class_conditional: what :class:`calguide_fast.FDivSampler` reads off.
+        schedule: of the scheduler; :class:`calguide_fast.FDivSampler` reads it off, as it does the others.
+        image_size, in_channels, num_classes, class_conditional: of the network.
     """
 
     def __init__(self, unet: Any, prediction: str, schedule: Schedule) -> None:

@@ -30,7 +30,7 @@ def from_edm(
     Example::
 
         model = from_edm(net.eval())  # net: an EDMPrecond, VPPrecond, … of NVlabs/edm
-        sampler = FDivSampler(model, classifier, schedule=model.schedule)
+        sampler = FDivSampler(model, classifier)
 
     Args:
         net: ``net(x, sigma, class_labels)`` returning D (B, C, H, W) for x = x₀ + σ n (B, C, H, W), sigma (B,) float32

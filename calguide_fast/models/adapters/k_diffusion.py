@@ -30,7 +30,7 @@ def from_k_diffusion(
     Example::
 
         model = from_k_diffusion(denoiser, image_size=32, in_channels=3)
-        sampler = FDivSampler(model, classifier, schedule=model.schedule)
+        sampler = FDivSampler(model, classifier)
 
     Args:
         denoiser: ``denoiser(x, sigma, **extra)`` returning D (B, C, *spatial) for x = x₀ + σ n (B, C, *spatial) and

@@ -23,7 +23,7 @@ class NoiseLevels:
     def __init__(self, schedule: Schedule) -> None:
         if schedule.num_timesteps < 2:
             raise ValueError("schedule must have at least two timesteps to interpolate between")
-        sigmas = schedule.respaced(schedule.num_timesteps).sigmas
+        sigmas = schedule.sigmas
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self._last = len(sigmas) - 1
         # [2, T]: σ and log σ, both rounded from float64

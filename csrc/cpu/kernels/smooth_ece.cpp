@@ -4,7 +4,6 @@
 // Everything between the first and the last pass over the samples is small, and runs on one thread in one order.
 #include "cpu/smooth_ece.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 #include "smooth_ece_math.h"
@@ -22,9 +21,6 @@ constexpr int64_t samples_per_block = 128;
 constexpr int64_t tables_per_part = 2;
 // below this many samples a thread costs more than it saves
 constexpr int64_t samples_per_thread = 32768;
-// where the search for the fixpoint begins
-constexpr double first_bandwidth = 0.1;
-constexpr double pi = 3.141592653589793;
 
 class Buffer {
  public:
@@ -133,9 +129,7 @@ void evaluate(const double* series, int64_t terms, const double* place, int64_t 
 class SignChanges {
  public:
   SignChanges(const double* series, int64_t terms, double sigma)
-      : intervals_(static_cast<int64_t>(ceil(points_per_sigma / (sigma < 1.0 ? sigma : 1.0)))),
-        place_(2 * intervals_),
-        rise_(2 * intervals_) {
+      : intervals_(sign_intervals(sigma)), place_(2 * intervals_), rise_(2 * intervals_) {
     Buffer sample(2 * intervals_), value(2 * intervals_), low(2 * intervals_), high(2 * intervals_);
     const int64_t samples = look(series, terms, sample, value);
     bracket(sample, value, samples, low, high);
@@ -159,11 +153,9 @@ class SignChanges {
     evaluate<false>(series, terms, grid, n + 1, on_grid, nullptr);
     int64_t vertices = 0;
     for (int64_t g = 1; g < n; ++g) {
-      const double left = on_grid[g - 1], middle = on_grid[g], right = on_grid[g + 1];
-      const double slope = 0.5 * (right - left), bend = left - 2.0 * middle + right;
-      const bool one_sign = left * middle > 0.0 && right * middle > 0.0;
-      if (one_sign && fabs(slope) <= 0.5 * fabs(bend) && 2.0 * middle * bend <= slope * slope && middle * bend > 0.0) {
-        vertex[vertices++] = grid[g] - step * slope / bend;
+      double from_middle;
+      if (dips(on_grid[g - 1], on_grid[g], on_grid[g + 1], step, &from_middle)) {
+        vertex[vertices++] = grid[g] + from_middle;
       }
     }
     if (vertices > 0) evaluate<false>(series, terms, vertex, vertices, at_vertex, nullptr);
@@ -199,9 +191,7 @@ class SignChanges {
       evaluate<true>(series, terms, place_, count_, value, slope);
       farthest = 0.0;
       for (int64_t j = 0; j < count_; ++j) {
-        (value[j] * rise_[j] > 0.0 ? high : low)[j] = place_[j];
-        double next = place_[j] - value[j] / slope[j];
-        if (!(next >= low[j] && next <= high[j])) next = 0.5 * (low[j] + high[j]);
+        const double next = next_place(low + j, high + j, place_[j], rise_[j], value[j], slope[j]);
         const double moved = fabs(next - place_[j]);
         farthest = moved > farthest ? moved : farthest;
         place_[j] = next;
@@ -219,13 +209,9 @@ struct Integral {
   double value, slope;
 };
 
-// an odd number of terms, as evaluate() takes them
-int64_t terms_of(double sigma) { return 2 * static_cast<int64_t>(ceil(0.5 * series_cutoff / sigma)) + 1; }
-constexpr int64_t most_terms = 2 * static_cast<int64_t>(0.5 * series_cutoff / least_bandwidth) + 8;
-
 // exp(-sigma^2 pi^2 k^2 / 2), twice for k > 0, times terms[k]
 void damp(double sigma, const double* moments, int64_t terms, double scale, double* series) {
-  const double exponent = -0.5 * sigma * sigma * pi * pi * 1.4426950408889634;
+  const double exponent = damping_exponent(sigma);
 #pragma omp simd
   for (int64_t k = 0; k < terms; ++k) {
     const double square = static_cast<double>(k) * static_cast<double>(k);
@@ -241,7 +227,7 @@ class Residuals {
       : waves_(WaveSums::cosine, place, weight, count), scale_(1.0 / total), moments_(most_terms), sine_(most_terms) {}
 
   Integral integral(double sigma) {
-    const int64_t terms = terms_of(sigma);
+    const int64_t terms = series_terms(sigma);
     waves_.extend(terms, moments_);
     Buffer series(terms);
     damp(sigma, moments_, terms, scale_, series);
@@ -261,9 +247,7 @@ class Residuals {
 
   // The sigma whose integral it is, or the least bandwidth where that is less; the search begins at sigma.
   Integral fixpoint(double& sigma) {
-    // the integral falls with sigma, so the fixpoint lies between any sigma and the integral there
-    double low = least_bandwidth, high = 1.0;
-    for (int step = 0;; ++step) {
+    for (FixpointSearch search = begin_search();;) {
       const Integral at = integral(sigma);
       if (at.value == 0.0) {
         // residuals that cancel do so at any bandwidth
@@ -271,22 +255,14 @@ class Residuals {
         sigma = least_bandwidth;
         return {0.0, 0.0};
       }
-      const bool at_least = sigma == least_bandwidth && at.value < sigma;
-      if (fabs(at.value - sigma) < 1e-12 || at_least || step == 100) return at;
-      const double below = at.value < sigma ? at.value : sigma, above = at.value < sigma ? sigma : at.value;
-      low = below > low ? below : low;
-      high = above < high ? above : high;
-      const double next = sigma + (at.value - sigma) / (1.0 - at.slope);
-      // small bandwidths are dear, and Newton's first step overshoots to them
-      sigma = next > 0.25 * sigma ? next : 0.25 * sigma;
-      if (sigma < low) sigma = low == least_bandwidth ? low : 0.5 * (low + high);
-      if (sigma > high) sigma = 0.5 * (low + high);
+      if (is_found(search, sigma, at.value)) return at;
+      sigma = next_bandwidth(&search, sigma, at.value, at.slope);
     }
   }
 
   // S = K * sign R and its slope at `count` places; the sine moments are those that the last integral left.
   void sign_curve(double sigma, const double* place, int64_t count, double* value, double* slope) const {
-    const int64_t terms = terms_of(sigma);
+    const int64_t terms = series_terms(sigma);
     Buffer series(terms);
     damp(sigma, sine_, terms, 1.0, series);
     evaluate<true>(series, terms, place, count, value, slope);
@@ -483,7 +459,7 @@ void finish(const Samples<Real, Weighted>& samples, const Residuals& residuals, 
   if (arguments.grad == nullptr) return;
   const bool fixpoint = arguments.bandwidth == 0.0 && sigma > least_bandwidth;
   const double scale = 1.0 / (sources.total * (fixpoint ? 1.0 - at.slope : 1.0));
-  const int64_t cells = static_cast<int64_t>(ceil(cells_per_sigma / (sigma < 1.0 ? sigma : 1.0)));
+  const int64_t cells = gradient_cells(sigma);
   Real* const grad = static_cast<Real*>(arguments.grad);
   if (samples.count <= cells && samples.count <= exact_samples) {
     Buffer value(samples.count), slope(samples.count);

@@ -1,0 +1,243 @@
+"""smooth_ece in a fixed sequence of launches, none of which waits for the host: samples, moments, search, gradient.
+
+The method is that of `csrc/cpu/kernels/smooth_ece.cpp` with bins for any number of samples, which share their residuals
+out to nodes by cubic interpolation. The shares are summed as integers, of which 2^61 stand for about the total weight:
+the sums, and so the bits of the result, are the same in whatever order the programs run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
+from calguide_fast.backends.triton.cosine_series import LANES, cosine_sums
+from calguide_fast.backends.triton.launch import as_double, device_of, doubles
+from calguide_fast.backends.triton.smooth_ece_search import (
+    MOST_TERMS,
+    SEARCH_SCRATCH,
+    SERIES,
+    all_allowed,
+    intervals_of,
+    least_bandwidth,
+    search_kernel,
+    terms_of,
+)
+
+# 16 bins per sigma at the least bandwidth: cubic interpolation is then right to 1e-9
+BINS = tl.constexpr(16384)
+# Each program has the moments of one part of the nodes, few enough that recurrences over them stay exact; the nodes
+# 0 .. BINS are filled up to whole parts.
+PART = tl.constexpr(2048)
+PARTS = tl.constexpr(BINS.value // PART.value + 1)
+NODES = tl.constexpr(PARTS.value * PART.value)
+# tables of nodes, among which programs are spread: a saturated classifier has most samples in one bin
+TABLES = tl.constexpr(8)
+# cells per sigma of the cubics that give the gradient
+CELLS = tl.constexpr(24)
+_MOST_CELLS = int(CELLS.value / LEAST_BANDWIDTH)
+
+# programs that sum the weights
+TOTALS = tl.constexpr(128)
+# Places at which a program looks at a cosine series at a time, and nodes that it takes side by side. Tests raise them:
+# the interpreter takes about as long for a large tile as for a small one.
+PLACES = 256
+NODE_LANES = LANES.value
+# Samples at a time in a pass over them, and where they are shared out: there it is one a thread, or else what a thread
+# loads and what it adds to memory would not be of the same samples, and pass through shared memory.
+SAMPLES = 512
+SHARED_OUT = 128
+# programs that share out the samples, at least this many tiles each
+_PROGRAMS, _TILES = 2112, 8
+
+FUSED = {"enable_fp_fusion": True}
+
+# offsets into scratch memory, in float64 numbers: the total weight, the moments' unit, R's mean, the bandwidth, the
+# gradient's factor; then whole arrays
+_NUMBERS = 0
+_TOTALS = 16
+_NODES = _TOTALS + TOTALS.value
+_MOMENTS = _NODES + NODES.value
+_CURVE = _MOMENTS + PARTS.value * MOST_TERMS.value
+_SEARCH = _CURVE + 2 * (_MOST_CELLS + 1)
+_SCRATCH = _SEARCH + SEARCH_SCRATCH
+
+
+@triton.jit(do_not_specialize=["count", "tiles"])
+def _weigh_kernel(weights, totals, count: tl.int64, tiles: tl.int64, SAMPLES: tl.constexpr):
+    """Partial sums of the weights, NaN for one that is not allowed."""
+    total = tl.zeros([SAMPLES], tl.float64)
+    for tile in range(0, tiles):
+        i = (tl.program_id(0) * tiles + tile) * SAMPLES + tl.arange(0, SAMPLES)
+        w = tl.load(weights + i, mask=i < count, other=0.0).to(tl.float64)
+        total += tl.where(w >= 0.0, w, float("nan"))
+    tl.store(totals + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _total_and_scale(totals, count, programs):
+    """The total weight, and the power of two that brings it to 2^61 .. 2^62."""
+    if totals is not None:
+        part = tl.arange(0, TOTALS)
+        total = tl.sum(tl.load(totals + part, mask=part < programs, other=0.0), 0)
+    else:
+        total = count.to(tl.float64)
+    exponent = (total.to(tl.int64, bitcast=True) >> 52) & 2047
+    scale = tl.minimum(tl.maximum(61 + 2 * 1023 - exponent, 1), 2046) << 52
+    return total, scale.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _shares(amount, d, node):
+    """The four nodes' shares of an amount at offset d from its bin's centre, by cubic interpolation, as integers.
+
+    Their coefficients of d^0 .. d^3 are `share_coefficients` of `csrc/smooth_ece_math.h`.
+    """
+    outer, side = ((node == 0) | (node == 3)).to(tl.float64), (1 - node // 2 * 2).to(tl.float64)
+    c0, c1 = 9.0 / 16.0 - 5.0 / 8.0 * outer, (7.0 / 6.0 * outer - 9.0 / 8.0) * side
+    c2, c3 = 1.0 / 2.0 * outer - 1.0 / 4.0, (1.0 / 2.0 - 2.0 / 3.0 * outer) * side
+    return (amount * (((c3 * d + c2) * d + c1) * d + c0)).to(tl.int64)
+
+
+@triton.jit
+def _flush(table, bins, node, shares, mask):
+    """Adds the shares to the nodes about their bins."""
+    # cosines are even about 0 and 1, and so a node beyond is the one before
+    beyond = tl.abs(tl.abs(bins + node - 1) - BINS)
+    tl.atomic_add(table + BINS - beyond, shares, mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["count", "tiles", "weighers"])
+def _deposit_kernel(
+    confidence, correct, weights, totals, numbers, sums, count: tl.int64, tiles: tl.int64, weighers: tl.int64,
+    SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Adds the samples' residuals to `sums`: whether one is spoilt, the residuals' sum, and TABLES of nodes."""
+    total, scale = _total_and_scale(totals, count, weighers)
+    if tl.program_id(0) == 0:
+        tl.store(numbers, total)
+        tl.store(numbers + 1, 1.0 / (scale * total))
+    table = sums + 2 + (tl.program_id(0) % TABLES) * NODES
+    node = tl.arange(0, 4)[:, None]
+    # each lane keeps the four sums of a bin as long as its samples stay there
+    bins = tl.full([1, SAMPLES], -1, tl.int32)
+    shares = tl.zeros([4, SAMPLES], tl.int64)
+    mean = tl.zeros([1, SAMPLES], tl.int64)
+    spoilt = tl.zeros([1, SAMPLES], tl.int32)
+    for tile in range(0, tiles):
+        i = (tl.program_id(0) * tiles + tile) * SAMPLES + tl.arange(0, SAMPLES)[None, :]
+        f = tl.load(confidence + i, mask=i < count, other=0.0).to(tl.float64)
+        amount = f - tl.load(correct + i, mask=i < count, other=0).to(tl.float64)
+        if weights is not None:
+            amount *= tl.load(weights + i, mask=i < count, other=0.0).to(tl.float64)
+        allowed = (f >= 0.0) & (f <= 1.0)
+        spoilt |= (~allowed).to(tl.int32)
+        amount = tl.where(allowed, amount * scale, 0.0)
+        position = tl.where(allowed, f, 0.0) * BINS
+        here = tl.minimum(position.to(tl.int32), BINS - 1)
+        moved = (here != bins) & (i < count)
+        _flush(table, bins, node, shares, moved & (bins >= 0))
+        bins = tl.where(moved, here, bins)
+        shares = tl.where(moved, 0, shares) + _shares(amount, position - here.to(tl.float64) - 0.5, node)
+        mean += amount.to(tl.int64)
+    _flush(table, bins, node, shares, bins >= 0)
+    tl.atomic_add(sums + 1, tl.sum(tl.sum(mean, 1), 0), sem="relaxed")
+    if tl.max(tl.max(spoilt, 1), 0) > 0:
+        # which is 1 whichever program stores it
+        tl.store(sums, 1)
+
+
+@triton.jit(do_not_specialize=["bandwidth"])
+def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: tl.constexpr, LANES: tl.constexpr):
+    """Cosine moments of one part of the nodes, as far as the search may need them: [PARTS, MOST_TERMS]."""
+    mean = tl.load(sums + 1).to(tl.float64) * tl.load(numbers + 1)
+    terms = terms_of(least_bandwidth(as_double(bandwidth), mean))
+    k = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    if (tl.program_id(1) * PLACES < terms) & all_allowed(sums, numbers):
+        first = tl.program_id(0) * PART
+        node = first + tl.arange(0, PART)
+        residual = tl.zeros([PART], tl.int64)
+        for table in tl.static_range(TABLES):
+            residual += tl.load(sums + 2 + table * NODES + node)
+        # the programs of a part store and read the same
+        tl.store(nodes + node, residual.to(tl.float64) * tl.load(numbers + 1))
+        tl.debug_barrier()
+        # a sum over nodes at places j / BINS is one over terms j at the place k / BINS
+        moment, _ = cosine_sums(nodes + first, first, PART, k.to(tl.float64) * (1.0 / BINS), False, LANES)
+        tl.store(moments + tl.program_id(0) * MOST_TERMS + k, moment, mask=k < terms)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(numbers + 2, mean)
+
+
+@triton.jit
+def _curve_kernel(numbers, series, curve, PLACES: tl.constexpr):
+    """S = K * sign R and its slope, per cell, at the ends of the cells: (S, slope) for each."""
+    sigma = tl.load(numbers + 3)
+    cells = intervals_of(sigma, CELLS)
+    g = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    if tl.program_id(0) * PLACES <= cells:
+        width = 1.0 / cells.to(tl.float64)
+        value, slope = cosine_sums(series, 0, terms_of(sigma), g.to(tl.float64) * width, True, LANES)
+        tl.store(curve + 2 * g, value, mask=g <= cells)
+        tl.store(curve + 2 * g + 1, slope * width, mask=g <= cells)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gradient_kernel(confidence, correct, weights, numbers, curve, grad, count: tl.int64, SAMPLES: tl.constexpr):
+    """grad_i = factor w_i (S(f_i) + r_i S'(f_i)), S by Hermite's cubic in a cell."""
+    cells = intervals_of(tl.load(numbers + 3), CELLS)
+    factor = tl.load(numbers + 4)
+    i = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    f = tl.load(confidence + i, mask=i < count, other=0.0).to(tl.float64)
+    residual = f - tl.load(correct + i, mask=i < count, other=0).to(tl.float64)
+    # where f is not allowed the factor is NaN
+    position = tl.where((f >= 0.0) & (f <= 1.0), f, 0.0) * cells.to(tl.float64)
+    cell = tl.minimum(position.to(tl.int32), cells - 1)
+    d = position - cell.to(tl.float64)
+    left, left_slope = tl.load(curve + 2 * cell), tl.load(curve + 2 * cell + 1)
+    rise, right_slope = tl.load(curve + 2 * cell + 2) - left, tl.load(curve + 2 * cell + 3)
+    square, cube = 3.0 * rise - 2.0 * left_slope - right_slope, left_slope + right_slope - 2.0 * rise
+    value = ((cube * d + square) * d + left_slope) * d + left
+    slope = ((3.0 * cube * d + 2.0 * square) * d + left_slope) * cells.to(tl.float64)
+    g = factor * (value + residual * slope)
+    if weights is not None:
+        g *= tl.load(weights + i, mask=i < count, other=0.0).to(tl.float64)
+    tl.store(grad + i, g.to(grad.dtype.element_ty), mask=i < count)
+
+
+def smooth_ece(
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Value and bandwidth (2,), and the gradient (n,) or (0,), in the confidences' dtype; bandwidth 0: the fixpoint."""
+    count = len(confidence)
+    confidence, correct = confidence.contiguous(), correct.contiguous().view(torch.uint8)
+    stats, grad = confidence.new_empty(2), confidence.new_empty(count if with_gradient else 0)
+    sums = torch.zeros(2 + TABLES.value * NODES.value, dtype=torch.int64, device=confidence.device)
+    scratch = torch.empty(_SCRATCH, dtype=torch.float64, device=confidence.device)
+    numbers, nodes, moments = scratch[_NUMBERS:], scratch[_NODES:], scratch[_MOMENTS:]
+    curve, search, totals = scratch[_CURVE:], scratch[_SEARCH:], None
+    tiles, deposits, weighers = triton.cdiv(count, SAMPLES), triton.cdiv(count, SHARED_OUT), 0
+    each = min(deposits, max(_TILES, triton.cdiv(deposits, _PROGRAMS)))
+    (sigma,) = doubles(bandwidth)
+    many = {"num_warps": 8, **FUSED}
+    with device_of(confidence):
+        if weights is not None:
+            weights, totals = weights.contiguous(), scratch[_TOTALS:]
+            weighed = triton.cdiv(tiles, TOTALS.value)
+            weighers = triton.cdiv(tiles, weighed)
+            _weigh_kernel[(weighers,)](weights, totals, count, weighed, SAMPLES=SAMPLES, **FUSED)
+        _deposit_kernel[(triton.cdiv(deposits, each),)](
+            confidence, correct, weights, totals, numbers, sums, count, each, weighers, SAMPLES=SHARED_OUT, **FUSED
+        )
+        grid = (PARTS.value, triton.cdiv(MOST_TERMS.value, PLACES))
+        _moments_kernel[grid](sums, numbers, nodes, moments, sigma, PLACES=PLACES, LANES=NODE_LANES, **many)
+        search_kernel[(1,)](sums, numbers, moments, search, stats, sigma, PARTS=PARTS.value, PLACES=PLACES, **many)
+        if with_gradient:
+            series = search[SERIES.value :]
+            _curve_kernel[(triton.cdiv(_MOST_CELLS + 1, PLACES),)](numbers, series, curve, PLACES=PLACES, **many)
+            _gradient_kernel[(tiles,)](
+                confidence, correct, weights, numbers, curve, grad, count, SAMPLES=SAMPLES, **FUSED
+            )
+    return stats, grad

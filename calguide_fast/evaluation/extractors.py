@@ -1,0 +1,68 @@
+"""What turns images into features: any callable."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ImageFeatures(NamedTuple):
+    """What a network sees in B images."""
+
+    features: Tensor  # [B, D], for FID and everything that counts neighbours
+    spatial: Tensor | None = None  # [B, D_s], of an early layer, place by place: for sFID
+    logits: Tensor | None = None  # [B, C], of a classifier: for the Inception score
+
+
+# (B, C, H, W) uint8 on the device that the evaluation runs on, C and H and W as in the file
+Extractor = Callable[[Tensor], Tensor | ImageFeatures]
+
+
+def import_extractor(name: str) -> Extractor:
+    """The callable that ``module:function`` names.
+
+    Raises:
+        ImportError: there is no such module.
+        ValueError: the name is of another form, or names nothing that can be called.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"features={name!r} must be of the form module:function")
+    module = importlib.import_module(module_name)
+    extractor = getattr(module, function_name, None)
+    if not callable(extractor):
+        raise ValueError(f"{module_name} has no function {function_name!r}, which features={name!r} names")
+    return extractor
+
+
+def extractor_name(extractor: Extractor) -> str:
+    """What the extractor calls itself, or where its function or class is: ``module:name``."""
+    if isinstance(name := getattr(extractor, "name", None), str):
+        return name
+    named = extractor if hasattr(extractor, "__qualname__") else type(extractor)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def extract(extractor: Extractor, images: Tensor) -> ImageFeatures:
+    """Features of (B, C, H, W) uint8 images.
+
+    Raises:
+        TypeError: the extractor gives neither a tensor nor ImageFeatures.
+        ValueError: what it gives is not one row for every image.
+    """
+    with torch.no_grad():
+        found = extractor(images)
+    if isinstance(found, Tensor):
+        found = ImageFeatures(found)
+    if not isinstance(found, ImageFeatures):
+        raise TypeError(f"features returned {type(found).__name__}, it must return a tensor (N, D) or ImageFeatures")
+    for name, table in found._asdict().items():
+        if table is not None and (table.ndim != 2 or len(table) != len(images)):
+            raise ValueError(
+                f"features returned {name} of shape {tuple(table.shape)} for {len(images)} images, it must be (N, D)"
+            )
+    return found

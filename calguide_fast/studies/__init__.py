@@ -1,0 +1,1 @@
+"""Runs of ``sample`` side by side, each of them measured: a sweep of guidance, and a paper's table."""

@@ -1,0 +1,71 @@
+"""The points of a sweep: every divergence with every alpha and epsilon at every scale."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from calguide_fast.generation.job import Job
+from calguide_fast.generation.options import options_of
+from calguide_fast.generation.presets import PRESETS, RECIPES
+from calguide_fast.studies.series import Point
+
+DIVERGENCES = ("none", "reverse_kl", "forward_kl", "js")
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's own scale
+
+
+def grid_points(options: argparse.Namespace) -> list[Point]:
+    """The points that the options of ``calguide-fast sweep`` ask for; of ``none`` one for each scale.
+
+    All have the same seeds, labels, steps and number of images. A list that is not given is the recipe's own value;
+    scales, around it; divergences, :data:`DIVERGENCES`.
+
+    Raises:
+        ValueError, TypeError: a value that is not understood, twice there, or refused by guidance.
+    """
+    if RECIPES[options.recipe].guidance is None:
+        raise ValueError(f"recipe={options.recipe!r} has no guidance, so there is nothing to sweep")
+    own = PRESETS[options.preset].scales[options.recipe]
+    scales = _numbers("scale", options.scale) or [own * factor for factor in FACTORS]
+    alphas: list[float | None] = [*_numbers("alpha", options.alpha)] or [None]
+    epsilons: list[float | None] = [*_numbers("epsilon", options.epsilon)] or [None]
+    divergences = _texts("divergence", options.divergence) or list(DIVERGENCES)
+    return [
+        _point(options, {"divergence": divergence, "alpha": alpha, "epsilon": epsilon, "scale": scale})
+        for divergence in divergences
+        for alpha in (alphas if divergence != "none" else [None])
+        for epsilon in (epsilons if divergence != "none" else [None])
+        for scale in scales
+    ]
+
+
+def _point(options: argparse.Namespace, guidance: dict[str, str | float | None]) -> Point:
+    given = {**vars(options), **guidance, "grid": 100, "png": False, "resume": True}
+    job = Job.of(options_of(options.preset, Path(options.out), given))
+    assert job.guidance is not None
+    columns: dict[str, str | float | None] = {
+        "divergence": job.guidance.divergence,
+        "alpha": job.guidance.alpha,
+        "epsilon": job.guidance.epsilon,
+        "scale": job.guidance.scale,
+    }
+    if job.guidance.divergence == "none":
+        columns |= {"alpha": None, "epsilon": None}
+    signs = {"alpha": "a", "epsilon": "e", "scale": "s"}
+    parts = [f"{sign}{columns[name]:g}" for name, sign in signs.items() if columns[name] is not None]
+    return Point("-".join([job.guidance.divergence.replace(":", ""), *parts]), columns, job)
+
+
+def _texts(name: str, text: str | None) -> list[str]:
+    values = [] if text is None else [value.strip() for value in text.split(",")]
+    if text is not None and ("" in values or len(set(values)) < len(values)):
+        raise ValueError(f"{name}={text!r} must be different values with commas between them")
+    return values
+
+
+def _numbers(name: str, text: str | None) -> list[float]:
+    values = _texts(name, text)
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        raise ValueError(f"{name}={text!r} must be numbers with commas between them, like 0.5,1,2") from None
