@@ -122,9 +122,9 @@ def _heading(run: Mapping[str, Any]) -> list[str]:
         "",
         "Times are medians in µs; in brackets how many times ours the alternative takes, both timed in turn in blocks "
         "of calls. Every result was compared with float64 first; *in italics* what does another job, for scale. "
-        "*Copy*: the share of the bytes per second that `copy_` of as many bytes reaches. *Host*: what is spent around the "
-        "kernel. *Memory*: the most that PyTorch's allocator gave out during a call beyond its inputs (scratch that a "
-        "compiled kernel or NumPy takes by itself is not seen); – is not measured.",
+        "*Copy*: the share of the bytes per second that `copy_` of as many bytes reaches. *Host*: what is spent around "
+        "the kernel. *Memory*: the most that PyTorch's allocator gave out during a call beyond its inputs (scratch "
+        "that a compiled kernel or NumPy takes by itself is not seen). A dash: not measured.",
         "",
     ]
     if run["not_measured"]:

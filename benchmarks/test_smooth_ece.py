@@ -94,7 +94,7 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
         traffic=confidence.nbytes + correct.nbytes,
         host=count == 1000 and peer == "relplot",
         in_torch=peer != "relplot",
-        waits=True,
+        waits=peer == "torchmetrics, bins",
     )
 
 
@@ -111,7 +111,7 @@ def test_gradient_over_value(compare, device, backend, count: int) -> None:
         return smooth_ece(confidence, correct).value
 
     inputs = confidence, correct
-    options = {"same_result": False, "size": count, "ceiling": MOST_FOR_GRADIENT, "waits": True}
+    options = {"same_result": False, "size": count, "ceiling": MOST_FOR_GRADIENT}
     compare(f"smooth_ece {count}, value", "with its gradient", both, value, inputs, **options)
 
 
@@ -144,5 +144,4 @@ def test_gradient(compare, device, backend, count: int) -> None:
         atol=1e-3 / count,
         size=count,
         traffic=2 * confidence.nbytes + correct.nbytes,
-        waits=True,
     )

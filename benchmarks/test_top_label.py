@@ -143,5 +143,4 @@ def test_smooth_ece_from_logits(compare, device, backend, shape: tuple[int, int]
         atol=1e-6,
         size=logits.numel(),
         traffic=(3 if gradient else 1) * logits.nbytes,
-        waits=True,
     )

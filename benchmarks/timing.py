@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[..., Any]
 Inputs = tuple[Any, ...]
 
-# so many of each call, or fewer where the slowest would take longer than so many seconds in all
-BLOCKS, FEWEST_BLOCKS, LONGEST = 20, 3, 2.0
+# so many of each call, or fewer where the slowest would take more than so many times as long as it should
+BLOCKS, FEWEST_BLOCKS, OVERTIME = 20, 3, 8
 # a call that is slower than this is called once beforehand
 SLOW = 0.1
 # copies of the inputs of a GPU's call: past its L2 twice over, but no more calls than one graph should hold
@@ -101,7 +101,7 @@ def interleaved(clock: Clock, calls: Sequence[Call], copies: Sequence[Sequence[I
     rough = [_rough(clock, call, inputs) for call, inputs in zip(calls, copies)]
     counts = [max(1, round(seconds / BLOCKS / each)) for each in rough]
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(min(BLOCKS, max(FEWEST_BLOCKS, round(LONGEST / max(rough))))):
+    for _ in range(min(BLOCKS, max(FEWEST_BLOCKS, round(OVERTIME * seconds / max(rough))))):
         for kept, call, inputs, count in zip(times, calls, copies, counts):
             kept.append(clock.block(call, inputs, count))
     return [statistics.median(kept) for kept in times]
