@@ -54,8 +54,9 @@ def networks(name: str, device: torch.device) -> Networks:
         for parameter in unet.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
-        # on a GPU as many images as keep it busy
-        found = Networks(unet, resnet18(softplus_beta=3.0), 4 if device.type == "cpu" else 128, 2, 300.0)
+        # on a GPU as many images as keep it busy, and so many steps that what comes before them is little
+        count, steps = (4, 2) if device.type == "cpu" else (128, 20)
+        found = Networks(unet, resnet18(softplus_beta=3.0), count, steps, 300.0)
     for network in found[:2]:
         network.eval().requires_grad_(False).to(device)
     return found
