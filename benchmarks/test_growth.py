@@ -18,8 +18,8 @@ from calguide_fast.ops.top_label import top_label
 from calguide_fast.schedule import Schedule
 
 # the time may grow by this power of what the work has grown by, or a copy's time, as larger sizes leave the caches;
-# looked at once it is so many times that of the smallest size
-MOST, FIXED_COST = 1.2, 3.0
+# looked at once it is so many times that of the smallest size, and over so many times the work
+MOST, FIXED_COST, RANGE = 1.2, 3.0, 10
 
 
 class Axis(NamedTuple):
@@ -115,10 +115,10 @@ def test_growth(benchmark, device, backend, seconds, name: str) -> None:
 
 
 def exponent(work: list[int], copies: list[float], times: list[float]) -> float | None:
-    """The steepest growth from a size whose time is more than fixed cost to the largest; None if all are fixed cost."""
+    """The steepest growth from a size whose time is more than fixed cost to the largest; None if that is about all."""
     steepest = None
     for done, copied, time in zip(work[:-1], copies, times):
-        if time > FIXED_COST * times[0]:
+        if time > FIXED_COST * times[0] and RANGE * done <= work[-1]:
             due = max(work[-1] / done, copies[-1] / copied if copied else 0.0)
             steepest = max(steepest or 0.0, math.log(times[-1] / time) / math.log(due))
     return steepest
