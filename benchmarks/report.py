@@ -259,7 +259,7 @@ def _growth(rows: Sequence[Row]) -> list[str]:
                 row["group"].removeprefix("growth "),
                 f"{row['sizes'][0]:,} … {row['sizes'][-1]:,}",
                 f"{number(row['us'][0])} … {number(row['us'][-1])}",
-                "fixed cost" if power is None else f"{power:.2f}{' (too steep)' * (power > row['ceiling'])}",
+                "mostly fixed cost" if power is None else f"{power:.2f}{' (too steep)' * (power > row['ceiling'])}",
             ]
         )
     note = (

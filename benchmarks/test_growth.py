@@ -68,9 +68,9 @@ def tilted(count: int, device: torch.device) -> Callable[[], Any]:
     return lambda: tilt_weights(scores, -0.2)
 
 
-BATCHES = tuple(4**k for k in range(6))
+BATCHES = tuple(4**k for k in range(7))
 CLASSES = (10, 100, 1000, 10_000, 100_000)
-PIXELS = (8, 16, 32, 64, 128, 256)
+PIXELS = (8, 16, 32, 64, 128, 256, 512)
 SAMPLES = (100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
 AXES = {
     "guidance reverse_kl, B x 1000": Axis(BATCHES, lambda n, d: guidance(n, 1000, "reverse_kl", d), 1, 8000),
