@@ -9,7 +9,7 @@ from timing import BLOCKS, clock_of
 
 # below this, what is around a copy is more than the copy
 SMALLEST = 1 << 17
-# as long as a row's own side; a copy of the size that a row moves
+# that each size is copied for
 SECONDS = 0.1
 
 
