@@ -22,15 +22,17 @@ command with --resume samples what is missing.
 In parentheses: what holds unless an option is given.
 """
 
-_RECIPES = "\n".join(
+_ABOUT = "\n".join(
     textwrap.fill(recipe.about, 100, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
     for name, recipe in RECIPES.items()
 )
-EPILOG = f"""\
+RECIPES_EPILOG = f"""\
 recipes:
-{_RECIPES}
+{_ABOUT}
   Any option of guidance changes the recipe's setting.
-
+"""
+EPILOG = f"""\
+{RECIPES_EPILOG}
 examples:
   calguide-fast sample --preset digits --out out/digits
   calguide-fast sample --preset digits --method heun --steps 18 --churn 10 --out out/heun

@@ -14,7 +14,14 @@ from typing import Any
 from calguide_fast.evaluation.inception import PROTOCOLS
 from calguide_fast.generation.atomic import replacing, write_bytes
 from calguide_fast.generation.devices import own_device
-from calguide_fast.generation.options import add_guidance, add_images, add_machine, add_networks, add_process
+from calguide_fast.generation.options import (
+    RECIPES_EPILOG,
+    add_guidance,
+    add_images,
+    add_machine,
+    add_networks,
+    add_process,
+)
 from calguide_fast.generation.presets import DIGITS, PRESETS
 from calguide_fast.generation.settings import file_hash
 from calguide_fast.generation.team import Team
@@ -32,7 +39,8 @@ The options are those of `sample`, of which those of the grid take several value
 `sample` makes it. Killed, the same command goes on; with other values it adds points, and keeps what is there. Under
 torchrun the processes share each point's batches. In parentheses: what holds unless an option is given.
 """
-EPILOG = """\
+EPILOG = f"""\
+{RECIPES_EPILOG}
 examples:
   calguide-fast sweep --preset digits --num-samples 500 --out out/sweep
   torchrun --nproc-per-node 8 -m calguide_fast sweep --preset imagenet128 --unet 128x128_diffusion.pt \\
