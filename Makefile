@@ -24,11 +24,14 @@ demo: setup
 train-demo: setup
 	$(BIN)/calguide-fast train-demo
 
+# a test takes one thread, so the processors share them out
+SHARED_OUT := -n auto --maxprocesses 8 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(SHARED_OUT)
 
 test-full: setup
-	$(BIN)/python -m pytest tests --full
+	$(BIN)/python -m pytest tests $(SHARED_OUT) --full
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only

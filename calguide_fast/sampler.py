@@ -89,7 +89,7 @@ class FDivSampler:
         churn, s_tmin, s_tmax, s_noise: EDM's stochasticity of ``"heun"``: see
             :class:`calguide_fast.karras.Churn`.
         sigma_range: (lowest, highest) noise level of ``"heun"`` and ``"dpmpp"``, in EDM's units; EDM's (0.002, 80), as
-            far as the schedule or the denoiser goes, if not given.
+            far as the schedule or the denoiser goes, if not given, or where an end is None.
         clip_denoised: clip x̂₀ to [−1, 1]: for the classifier; in ``"ddpm"`` and ``"ddim"`` before guidance, as
             guided-diffusion does, in ``"heun"`` and ``"dpmpp"`` after it, which is DPM-Solver++'s thresholding. An EDM
             denoiser's is clipped for the classifier alone, as EDM's own samplers do not clip.
@@ -140,7 +140,7 @@ class FDivSampler:
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
-        sigma_range: tuple[float, float] | None = None,
+        sigma_range: tuple[float | None, float | None] | None = None,
         clip_denoised: bool = True,
         classifier_transform: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -334,13 +334,14 @@ class FDivSampler:
         else:
             denoiser: Any = self.model
             low, high = float(denoiser.sigma_min), float(denoiser.sigma_max)
-        if self.sigma_range is None:
-            asked = max(low, SIGMA_RANGE[0]), min(high, SIGMA_RANGE[1])
-        else:
-            asked = self.sigma_range
-            if not low <= asked[0] < asked[1] <= high:
-                raise ValueError(f"sigma_range={asked!r} must rise, and lie within the model's range, {low}..{high}")
-        return KarrasLevels.karras(steps, *asked, self.schedule, self.churn)
+        first, last = self.sigma_range
+        first = max(low, SIGMA_RANGE[0]) if first is None else first
+        last = min(high, SIGMA_RANGE[1]) if last is None else last
+        if self.sigma_range != (None, None) and not low <= first < last <= high:
+            raise ValueError(
+                f"sigma_range={(first, last)!r} must rise, and lie within the model's range, {low}..{high}"
+            )
+        return KarrasLevels.karras(steps, first, last, self.schedule, self.churn)
 
     def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
         if self._graphs is None:
@@ -664,11 +665,12 @@ def _as_tuple(classifier: Any) -> tuple[Classifier, ...]:
     return () if classifier is None else (classifier,)
 
 
-def _as_range(sigma_range: Any) -> tuple[float, float] | None:
+def _as_range(sigma_range: Any) -> tuple[float | None, float | None]:
+    """The ends that are asked for; None for what EDM and the model allow."""
     if sigma_range is None:
-        return None
+        return None, None
     try:
-        low, high = map(float, sigma_range)
+        low, high = (None if end is None else float(end) for end in sigma_range)
     except (TypeError, ValueError):
         raise ValueError(f"sigma_range={sigma_range!r} must be a pair of noise levels, the lowest first") from None
     return low, high

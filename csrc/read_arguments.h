@@ -3,8 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
+#include <exception>
 
 #include "arguments.h"
 #include "storage.h"
@@ -34,6 +33,21 @@ class PositionalArguments {
 template <class Function>
 PyMethodDef positional(const char* name, Function function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+// A function of so many positional arguments after the place: body(in) reads them all, looks for Python's error, and
+// returns the result or null.
+template <class Body>
+PyObject* call(const char* name, PyObject* const* items, Py_ssize_t count, int expected, const Body& body) {
+  if (count != expected + 1) {
+    return PyErr_Format(PyExc_TypeError, "%s takes %d arguments, got %zd", name, expected + 1, count);
+  }
+  PositionalArguments in(items);
+  try {
+    return body(in);
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
+  }
 }
 
 // Strides come as one flat tuple for all operands, or as None where every operand is contiguous.
@@ -97,57 +111,59 @@ inline StepArguments read_predict_x0(PositionalArguments& in) {
   return a;
 }
 
-// The bindings of top_label and its backward call run(place, arguments).
-template <class Place, class Run>
-auto top_label_function(Run run) {
-  return [run](Place place, uintptr_t logits, int64_t row_stride, int64_t class_stride, uintptr_t labels,
-               int64_t label_stride, int64_t batch, int64_t classes, int storage, uintptr_t confidence, uintptr_t top,
-               uintptr_t correct) -> int64_t {
-    TopLabelArguments a;
-    a.logits = reinterpret_cast<const void*>(logits), a.row_stride = row_stride, a.class_stride = class_stride;
-    a.labels = reinterpret_cast<const int64_t*>(labels), a.label_stride = label_stride;
-    a.batch = batch, a.classes = classes, a.storage = storage;
-    a.confidence = reinterpret_cast<float*>(confidence), a.top = reinterpret_cast<int64_t*>(top);
-    a.correct = reinterpret_cast<uint8_t*>(correct);
-    return run(place, a);
-  };
+constexpr int top_label_arguments = 11, top_label_backward_arguments = 11;
+
+inline TopLabelArguments read_top_label(PositionalArguments& in) {
+  TopLabelArguments a;
+  a.logits = in.pointer<const void>();
+  a.row_stride = in.integer(), a.class_stride = in.integer();
+  a.labels = in.pointer<const int64_t>();
+  a.label_stride = in.integer();
+  a.batch = in.integer(), a.classes = in.integer();
+  a.storage = static_cast<int>(in.integer());
+  a.confidence = in.pointer<float>();
+  a.top = in.pointer<int64_t>();
+  a.correct = in.pointer<uint8_t>();
+  return a;
 }
 
-template <class Place, class Run>
-auto top_label_backward_function(Run run) {
-  return [run](Place place, uintptr_t grad_confidence, int64_t grad_stride, uintptr_t logits, int64_t row_stride,
-               int64_t class_stride, int64_t batch, int64_t classes, int storage, uintptr_t confidence, uintptr_t top,
-               uintptr_t grad) {
-    TopLabelBackwardArguments a;
-    a.grad_confidence = reinterpret_cast<const float*>(grad_confidence), a.grad_stride = grad_stride;
-    a.logits = reinterpret_cast<const void*>(logits), a.row_stride = row_stride, a.class_stride = class_stride;
-    a.batch = batch, a.classes = classes, a.storage = storage;
-    a.confidence = reinterpret_cast<const float*>(confidence), a.top = reinterpret_cast<const int64_t*>(top);
-    a.grad = reinterpret_cast<void*>(grad);
-    run(place, a);
-  };
+inline TopLabelBackwardArguments read_top_label_backward(PositionalArguments& in) {
+  TopLabelBackwardArguments a;
+  a.grad_confidence = in.pointer<const float>();
+  a.grad_stride = in.integer();
+  a.logits = in.pointer<const void>();
+  a.row_stride = in.integer(), a.class_stride = in.integer();
+  a.batch = in.integer(), a.classes = in.integer();
+  a.storage = static_cast<int>(in.integer());
+  a.confidence = in.pointer<const float>();
+  a.top = in.pointer<const int64_t>();
+  a.grad = in.pointer<void>();
+  return a;
 }
 
-// The binding of guidance_gradient: checks the divergence and calls run(place, arguments).
-template <class Place, class Run>
-auto guidance_function(Run run) {
-  return [run](Place place, uintptr_t logits, int64_t row_stride, int64_t class_stride, uintptr_t labels,
-               int64_t label_stride, int64_t batch, int64_t classes, int storage, int divergence, double order,
-               double alpha, double epsilon, double joint_temperature, double marginal_temperature,
-               double entropy_weight, bool adaptive_entropy, uintptr_t grad, uintptr_t stats) -> int64_t {
-    if (divergence < 0 || divergence >= divergence_count) {
-      throw pybind11::value_error("divergence=" + std::to_string(divergence) +
-                                  " is not a code of csrc/fdiv_math.h: 0.." + std::to_string(divergence_count - 1));
-    }
-    GuidanceArguments a;
-    a.logits = reinterpret_cast<const void*>(logits), a.row_stride = row_stride, a.class_stride = class_stride;
-    a.labels = reinterpret_cast<const int64_t*>(labels), a.label_stride = label_stride;
-    a.batch = batch, a.classes = classes, a.storage = storage;
-    a.settings = {divergence,           order,          alpha,           epsilon, joint_temperature,
-                  marginal_temperature, entropy_weight, adaptive_entropy};
-    a.grad = reinterpret_cast<void*>(grad), a.stats = reinterpret_cast<float*>(stats);
-    return run(place, a);
-  };
+constexpr int guidance_arguments = 18;
+
+inline GuidanceArguments read_guidance(PositionalArguments& in) {
+  GuidanceArguments a;
+  a.logits = in.pointer<const void>();
+  a.row_stride = in.integer(), a.class_stride = in.integer();
+  a.labels = in.pointer<const int64_t>();
+  a.label_stride = in.integer();
+  a.batch = in.integer(), a.classes = in.integer();
+  a.storage = static_cast<int>(in.integer());
+  const int64_t divergence = in.integer();
+  if (divergence < 0 || divergence >= divergence_count) {
+    PyErr_Format(PyExc_ValueError, "divergence=%lld is not a code of csrc/fdiv_math.h: 0..%d",
+                 static_cast<long long>(divergence), divergence_count - 1);
+  }
+  GuidanceSettings<double>& settings = a.settings;
+  settings.divergence = static_cast<int>(divergence);
+  settings.order = in.real(), settings.alpha = in.real(), settings.epsilon = in.real();
+  settings.joint_temperature = in.real(), settings.marginal_temperature = in.real();
+  settings.entropy_weight = in.real(), settings.adaptive_entropy = in.flag();
+  a.grad = in.pointer<void>();
+  a.stats = in.pointer<float>();
+  return a;
 }
 
 }  // namespace calguide

@@ -57,9 +57,6 @@ def report_evaluation(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises FileNotFoundError, TypeError, ValueError or ImportError as :func:`evaluate`.
     """
-    # a function of the user's is looked for where the command is run, as `python -m` does
-    if options.features is not None and "" not in sys.path:
-        sys.path.insert(0, "")
     found = evaluate(
         options.samples,
         options.reference,

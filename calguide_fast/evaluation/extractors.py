@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ Extractor = Callable[[Tensor], Tensor | ImageFeatures]
 
 
 def import_extractor(name: str) -> Extractor:
-    """The callable that ``module:function`` names.
+    """The callable that ``module:function`` names; the module may lie in the working folder.
 
     Raises:
         ImportError: there is no such module.
@@ -32,6 +33,9 @@ def import_extractor(name: str) -> Extractor:
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise ValueError(f"features={name!r} must be of the form module:function")
+    # a function of the user's is looked for where the command is run, as `python -m` does
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     module = importlib.import_module(module_name)
     extractor = getattr(module, function_name, None)
     if not callable(extractor):

@@ -51,7 +51,7 @@ def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HO
     device = own_device(job.options.device)
     sampler = job.sampler(device)
     # no images yet, but all that is wrong is found before a folder is made
-    sampler.sample([], seeds=[], steps=job.steps, method=job.options.method, progress=False)
+    sampler.sample([], seeds=[], progress=False, **job.process)
 
     plan = job.plan
     devices = team.gather("device", describe(device))
@@ -63,7 +63,7 @@ def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HO
     done = len(plan) - sum(len(plan.seeds[plan.images(batch)]) for batch in missing)
     try:
         with Progress(len(plan), done, show=team.rank == 0) as progress:
-            sample_missing(sampler, plan, shards, missing, team, progress, job.steps, job.options.method)
+            sample_missing(sampler, plan, shards, missing, team, progress, job.process)
         if team.rank != 0:
             return None
         return write_outputs(out, plan, shards, job.options.grid, job.options.png, team.check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +18,24 @@ Sample images from a diffusion model, guided by a classifier, in numbers that fi
 Under torchrun the processes share the batches out among themselves, through a folder that all of them see; the bytes
 are those of one process. SIGINT and SIGTERM (and a crash, and a full disk) lose no batch that is done: the same
 command with --resume samples what is missing.
+
+In parentheses: what holds unless an option is given.
 """
 
-_RECIPES = "\n".join(
+_ABOUT = "\n".join(
     textwrap.fill(recipe.about, 100, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
     for name, recipe in RECIPES.items()
 )
-EPILOG = f"""\
+RECIPES_EPILOG = f"""\
 recipes:
-{_RECIPES}
+{_ABOUT}
   Any option of guidance changes the recipe's setting.
-
+"""
+EPILOG = f"""\
+{RECIPES_EPILOG}
 examples:
   calguide-fast sample --preset digits --out out/digits
+  calguide-fast sample --preset digits --method heun --steps 18 --churn 10 --out out/heun
   calguide-fast sample --preset imagenet128 --unet 128x128_diffusion.pt --recipe elucd \\
       --classifier resnet101:resnet101-cd907fc2.pth --dtype bf16 --out out/elucd
   calguide-fast sample --preset imagenet128 --unet 128x128_diffusion.pt --recipe adm-g \\
@@ -68,15 +74,24 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
     networks.add_argument("--unet", type=Path, metavar="PATH", help="the model's weights, .pt or .safetensors")
     networks.add_argument(
         "--classifier",
+        action="append",
         metavar="NAME:PATH",
         help="resnet18 ... resnet152 with torchvision's weights, of clean images, which sees the predicted x0; or a "
-        "preset's noise-aware ADM classifier, which sees x_t. For digits: guide or overconfident",
+        "preset's noise-aware ADM classifier, which sees x_t. For digits: guide or overconfident (guide). Given "
+        "several times, the mean of their scores guides",
+    )
+    networks.add_argument(
+        "--classifier-weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="of several classifiers in that mean, in their order (equal)",
     )
     networks.add_argument(
         "--softplus-beta",
         type=float,
         metavar="BETA",
-        help="swap a ResNet's ReLU for Softplus, 0 keeps ReLU (elucd, ours: 3; EluCD's EDM runs: 5)",
+        help="swap ResNets' ReLU for Softplus, 0 keeps ReLU (elucd, ours: 3; elucd-edm: 5; adm-g: ReLU)",
     )
 
 
@@ -95,7 +110,8 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         metavar="B",
-        help="images at a time, on each device; what is tilted, and redone after a crash, together (64; digits: 200)",
+        help="images at a time, on each device. A tilt weighs these against each other; a crash costs no more than "
+        "these (64; digits: 200)",
     )
 
 
@@ -103,20 +119,72 @@ def add_process(parser: argparse.ArgumentParser) -> None:
     process = parser.add_argument_group("reverse process")
     process.add_argument(
         "--steps",
-        help="OpenAI's respacing: 250, ddim25 or 10,15,20; for heun and dpmpp a number of Karras sigmas "
-        "(250, as ADM and EluCD publish; digits: 25)",
+        help="guided-diffusion's timestep_respacing: 250, ddim25 or 10,15,20; for heun and dpmpp EDM's num_steps, how "
+        "many noise levels are visited, which is 18 there by default (250, as ADM and EluCD publish; digits: 25)",
     )
-    process.add_argument("--method", default="ddpm", help="ddpm, ddim, heun or dpmpp (%(default)s)")
-    process.add_argument("--eta", type=float, default=0.0, help="of DDIM (%(default)s)")
+    process.add_argument(
+        "--method",
+        default="ddpm",
+        help="ddpm; ddim; heun: EDM's, two evaluations a step; dpmpp: DPM-Solver++(2M) (%(default)s)",
+    )
+    process.add_argument(
+        "--eta", type=float, default=0.0, help="DDIM's: 0 draws no noise, 1 as much as DDPM (%(default)s)"
+    )
+    process.add_argument(
+        "--sigma-min",
+        type=float,
+        metavar="S",
+        help="heun's and dpmpp's last noise level (EDM's 0.002, or the schedule's lowest)",
+    )
+    process.add_argument("--sigma-max", type=float, metavar="S", help="the first (EDM's 80, or the schedule's highest)")
+    process.add_argument(
+        "--churn", type=float, default=0.0, metavar="S", help="heun's fresh noise, EDM's S_churn (0: none)"
+    )
+    process.add_argument(
+        "--s-tmin", type=float, default=0.0, metavar="S", help="churn where S <= sigma, EDM's S_min (0)"
+    )
+    process.add_argument(
+        "--s-tmax", type=float, default=math.inf, metavar="S", help="and where sigma <= S, EDM's S_max (inf)"
+    )
+    process.add_argument(
+        "--s-noise", type=float, default=1.0, metavar="S", help="deviation of churn's noise, EDM's S_noise (1)"
+    )
+    process.add_argument(
+        "--recurrence",
+        type=int,
+        default=1,
+        metavar="K",
+        help="take each guided step K times, going back to its noise level in between, arXiv 2302.07121; not for "
+        "dpmpp (%(default)s)",
+    )
+    process.add_argument(
+        "--cfg-scale",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="classifier-free guidance, with a classifier's or alone: eps_null + W (eps_label - eps_null), at twice "
+        "the model's work (1: off)",
+    )
+    process.add_argument(
+        "--null-class",
+        type=int,
+        metavar="N",
+        help="for --cfg-scale, the label that makes the model unconditional (digits: 10; OpenAI's models have none)",
+    )
 
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--recipe", choices=RECIPES, default="ours", help="where to begin; see below (%(default)s)")
+    guidance.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="ours",
+        help="settings of guidance that the options below change one by one; listed at the end (%(default)s)",
+    )
     guidance.add_argument(
         "--divergence",
         metavar="NAME",
-        help=f"{', '.join(name for name in CODES if name != 'alpha')} or alpha:a (elucd, adm-g: none; ours: js)",
+        help=f"{', '.join(name for name in CODES if name != 'alpha')} or alpha:a (ours: js; others: none)",
     )
     guidance.add_argument("--alpha", type=float, help="weight of the divergence (ours: 1)")
     guidance.add_argument("--epsilon", type=float, help="weight of the label in the divergence's target (ours: 0.9)")
@@ -128,38 +196,69 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="T2",
         help="multiplies the logits in the log-sum-exp; absolute, where EluCD's command line gives it relative to the "
-        "joint one (adm-g: 1; elucd, ours: 0.5)",
+        "joint one (adm-g: 1; elucd, ours: 0.5; elucd-edm: 0)",
     )
     guidance.add_argument(
         "--scale",
         type=float,
-        help="of the image gradient (elucd: 1, published for imagenet128; adm-g: imagenet64 1, imagenet128 0.5 (25 "
-        "DDIM steps: 1), imagenet256 1, imagenet256_uncond 10, imagenet512 4; digits: 0.2, adm-g 16)",
+        help="guided-diffusion's classifier_scale, of the image gradient (elucd: 1, published for imagenet128; adm-g: "
+        "imagenet64 1, imagenet128 0.5 (25 DDIM steps: 1), imagenet256 1, imagenet256_uncond 10, imagenet512 4; "
+        "digits: 0.2, adm-g 16)",
     )
     guidance.add_argument(
         "--sine-boost",
         type=float,
         metavar="GAMMA",
-        help="EluCD's boost of the guided step's variance, DDPM only (elucd, ours: 0.3; adm-g: 0)",
+        help="EluCD's boost of the guided step's variance, DDPM only (elucd, ours: 0.3 with ddpm; else 0)",
+    )
+    guidance.add_argument(
+        "--rule",
+        choices=("score", "edm"),
+        help="score: the gradient is a part of the score that is followed; edm: EluCD's for Heun and classifiers of "
+        "clean images, a step in the gradient's direction, whatever its size (elucd-edm: edm; others: score)",
+    )
+    guidance.add_argument(
+        "--max-guidance",
+        type=float,
+        metavar="M",
+        help="the edm rule's strength, in place of --scale (0.001; elucd-edm: 0.004)",
+    )
+    guidance.add_argument(
+        "--add-factor", type=float, metavar="A", help="the edm rule adds A M sin(pi i/steps) (0; elucd-edm: 0.3)"
     )
     guidance.add_argument(
         "--interval",
         type=float,
         nargs=2,
         metavar=("LO", "HI"),
-        help="guide only where LO < sigma <= HI, in EDM's units; inf is a HI (everywhere)",
+        help="guide only where LO < sigma <= HI, in EDM's units; HI may be inf (everywhere)",
     )
-    guidance.add_argument("--tilt", type=float, metavar="T", help="of tilted sampling; the paper's is -0.2 (0: off)")
-    guidance.add_argument("--tilt-on", choices=("log_prob", "score"), help="what is tilted (log_prob)")
-    guidance.add_argument("--tilt-max", type=float, metavar="W", help="clip the tilt's weights (no clip)")
-    guidance.add_argument("--entropy-weight", type=float, metavar="LAMBDA", help="weight of the entropy (0)")
+    guidance.add_argument(
+        "--tilt",
+        type=float,
+        metavar="T",
+        help="weigh the guidance of a batch's images by the softmax of T times their log-probabilities; below 0 "
+        "favours those that the classifier doubts, and the paper's is -0.2 (0: off)",
+    )
+    guidance.add_argument(
+        "--tilt-on", choices=("log_prob", "score"), help="take the whole score in place of log-probabilities (log_prob)"
+    )
+    guidance.add_argument(
+        "--tilt-max", type=float, metavar="W", help="clip the tilt's weights, whose mean is 1 (no clip)"
+    )
+    guidance.add_argument(
+        "--entropy-weight", type=float, metavar="LAMBDA", help="add the entropy of the prediction to the score (0)"
+    )
     guidance.add_argument(
         "--adaptive-entropy",
         action=argparse.BooleanOptionalAction,
         help="weigh the entropy most where the classifier is surest (no)",
     )
     guidance.add_argument(
-        "--entropy-scaling", type=float, metavar="MAX", help="ED-DPM's factor log C / H(p), at most this (off)"
+        "--entropy-scaling",
+        type=float,
+        metavar="MAX",
+        help="multiply the gradient by ED-DPM's factor log C / H(p), at most MAX (off)",
     )
 
 

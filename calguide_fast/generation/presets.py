@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from calguide_fast import models
+from calguide_fast.demo.networks import NULL_CLASS
 from calguide_fast.guidance import Guidance
 
 DIGITS = "digits"
@@ -44,6 +45,20 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             _ELUCD,
             softplus_beta=3.0,
         ),
+        "elucd-edm": Recipe(
+            "log-probability, joint temperature 1, marginal 0, EluCD's rule for EDM with max guidance 0.004 and add "
+            "factor 0.3, Softplus beta 5: the ImageNet-64 run of its code, with ResNet-101 and 10 Heun steps (arXiv "
+            "2310.11311). That is on EDM's denoiser; for none of the models here is it published. Needs --method heun",
+            Guidance(
+                "none",
+                joint_temperature=1.0,
+                marginal_temperature=0.0,
+                rule="edm",
+                max_guidance=0.004,
+                add_factor=0.3,
+            ),
+            softplus_beta=5.0,
+        ),
         "adm-g": Recipe(
             "log-probability at temperature 1, for ADM's noise-aware classifier (arXiv 2105.05233)",
             Guidance("none", marginal_temperature=1.0),
@@ -60,10 +75,11 @@ class Preset:
     Attributes:
         num_classes: of its labels.
         schedule: name of the β schedule.
-        scales: the guidance scale of each recipe.
+        scales: the guidance scale of each recipe that has one.
         num_samples: how many images figures are published of.
         batch_size: images at a time.
         steps: in OpenAI's respacing notation.
+        null_class: the label that makes the model unconditional, if it was trained with one.
     """
 
     num_classes: int
@@ -72,6 +88,7 @@ class Preset:
     num_samples: int = 50_000
     batch_size: int = 64
     steps: str = "250"
+    null_class: int | None = None
 
 
 def _published(name: str) -> Preset:
@@ -84,7 +101,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         **{name: _published(name) for name in models.PRESETS},
         # scales that the demo's sweep chose
-        DIGITS: Preset(10, "linear", {"adm-g": 16.0, "elucd": 0.2, "ours": 0.2}, 2000, 200, "25"),
+        DIGITS: Preset(10, "linear", {"adm-g": 16.0, "elucd": 0.2, "ours": 0.2}, 2000, 200, "25", NULL_CLASS),
     }
 )
 
@@ -102,8 +119,18 @@ def guidance_of(preset: str, recipe: str, method: str, changes: Mapping[str, Any
         return None
     # the boost is of DDPM's variance
     boost = guidance.sine_boost if method == "ddpm" else 0.0
-    guidance = replace(guidance, **{"scale": PRESETS[preset].scales[recipe], "sine_boost": boost, **changes})
+    scale = PRESETS[preset].scales.get(recipe, guidance.scale)
+    guidance = replace(guidance, **{"scale": scale, "sine_boost": boost, **changes})
     for name in ("alpha", "epsilon"):
         if guidance.divergence == "none" and name in changes:
             raise ValueError(f"{name}={changes[name]} is of a divergence, and the recipe {recipe} has none: give one")
+    for name, rule, instead in (
+        ("max_guidance", "edm", "scale"),
+        ("add_factor", "edm", "scale"),
+        ("scale", "score", "max_guidance"),
+    ):
+        if guidance.rule != rule and name in changes:
+            raise ValueError(
+                f"{name}={changes[name]} has no effect with rule={guidance.rule!r}, whose strength is {instead}"
+            )
     return guidance

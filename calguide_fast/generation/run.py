@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,11 @@ def sample_missing(
     missing: Sequence[int],
     team: Team,
     progress: Progress,
-    steps: str | int,
-    method: str,
+    process: Mapping[str, Any],
 ) -> None:
     """Sample the missing batches, shared out among the team; rank 0 returns when all are there.
+
+    `process` is what every batch gives the sampler: steps, method, recurrence.
 
     Raises:
         Interrupted: a signal came; the batch in hand was finished.
@@ -33,7 +35,7 @@ def sample_missing(
     """
     for batch in team.deal(missing):
         team.check()
-        pixels = _sample(sampler, plan, batch, steps, method)
+        pixels = _sample(sampler, plan, batch, process)
         shards.write(batch, pixels)
         progress.update(team.add("images", len(pixels)))
         team.add("batches", 1)
@@ -42,10 +44,10 @@ def sample_missing(
         progress.update(team.add("images", 0))
 
 
-def _sample(sampler: FDivSampler, plan: Plan, batch: int, steps: str | int, method: str) -> np.ndarray:
+def _sample(sampler: FDivSampler, plan: Plan, batch: int, process: Mapping[str, Any]) -> np.ndarray:
     """(B, H, W, C) uint8."""
     images = plan.images(batch)
-    samples = sampler.sample(plan.labels[images], plan.seeds[images], steps=steps, method=method, progress=False)
+    samples = sampler.sample(plan.labels[images], plan.seeds[images], progress=False, **process)
     if not samples.images.isfinite().all():
         raise ValueError(
             f"images {images.start}-{images.stop - 1} are not all finite: the networks overflow, as float16 can, or "

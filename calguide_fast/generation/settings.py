@@ -4,12 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 Settings = Mapping[str, Any]  # of what JSON holds
+
+# What `sample` has learned since folders were first begun, and the value that stands for what it did before. There a
+# setting is left out of the table, so that no new option changes the hash of a folder that was begun without it, and
+# orphans it. New settings belong here, those of guidance as "guidance.NAME"; values that stand here never change.
+LATER: Mapping[str, Any] = MappingProxyType(
+    {
+        "classifier_weights": None,
+        "recurrence": 1,
+        "churn": 0.0,
+        "s_tmin": 0.0,
+        "s_tmax": math.inf,
+        "s_noise": 1.0,
+        "sigma_min": None,
+        "sigma_max": None,
+        "cfg_scale": 1.0,
+        "null_class": None,
+    }
+)
+
+
+def without_later(settings: Settings, prefix: str = "") -> Settings:
+    """The table without what is in :data:`LATER` and at the value there."""
+    return {
+        name: without_later(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if prefix + name not in LATER or LATER[prefix + name] != value
+    }
 
 
 def settings_hash(settings: Settings) -> str:
@@ -34,11 +63,11 @@ def _hash_of(path: Path, _size: int, _modified: int) -> str:
 def differences(there: Settings, here: Settings) -> list[str]:
     """What differs, one line for each setting by its name."""
     old, new = (dict(_flat(settings)) for settings in (there, here))
-    return [
-        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} here"
+    found = [
+        (name, *(settings.get(name, LATER.get(name)) for settings in (old, new)))
         for name in [*new, *(name for name in old if name not in new)]
-        if old.get(name) != new.get(name)
     ]
+    return [f"{name}: {_short(a)} there, {_short(b)} here" for name, a, b in found if a != b]
 
 
 def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -61,8 +61,7 @@ def load_state(
     to_meta = any(value.is_meta for value in own.values())
     if found.misshapen or (strict and (found.missing or found.unexpected)) or (to_meta and found.missing):
         raise ValueError(
-            f"{path} does not fit {type(module).__name__}: {found.described(own, state)}. Is it of the same "
-            "architecture, size and number of classes?"
+            f"{path} does not fit {type(module).__name__}: {found.described(own, state)}. {found.remedy()}"
         )
     weights = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
     module.load_state_dict(weights, strict=strict, assign=to_meta)
@@ -92,6 +91,11 @@ class _Differences(NamedTuple):
             ),
         ]
         return "; ".join(filter(None, problems))
+
+    def remedy(self) -> str:
+        if not self.missing and not self.misshapen:
+            return "All others fit: save the state dict without these, and load that file"
+        return "Give a file of the same architecture, size and number of classes"
 
 
 def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> _Differences:
@@ -131,7 +135,9 @@ def _read(path: Path) -> Any:
                 "it, save its state_dict() alone, with torch.save or as safetensors, and load that file"
             ) from error
         except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint: {error}. {AGAIN}") from error
+            # what follows the first sentence is general advice
+            what = str(error).partition(". ")[0].rstrip(".")
+            raise ValueError(f"{path} is not a readable checkpoint: {what}. {AGAIN}") from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -104,7 +104,10 @@ def _with_weights(module: Module, name: str, state: Mapping[str, Tensor], path: 
     if misfits(module, state):
         others = [other for other, twin in _known(state) if not misfits(twin, state)]
         if others:
-            raise ValueError(f"{path} holds the weights of {' or '.join(others)}, not of {name}'s {_kind(module)}")
+            raise ValueError(
+                f"{path} holds the weights of {' or '.join(others)}, not of {name}'s {_kind(module)}: give "
+                "another file, or the name that fits this one"
+            )
     load_state(module, state, path).eval()
     return module
 

@@ -49,14 +49,14 @@ class RowForecast:
 def forecast(point: Point) -> RowForecast:
     """Count what a point of DDPM or DDIM steps takes; its files are not needed."""
     job = point.job
-    preset, classifier = job.options.preset, job.sources.architecture
+    preset = job.options.preset
     pixels = prod(image_shape(preset))
     return RowForecast(
         point.name,
         len(job.plan),
         len(Schedule.of(PRESETS[preset].schedule).respaced(job.steps)),
         unet_cost(preset).flops,
-        0 if classifier is None else classifier_cost(classifier, preset).flops,
+        sum(classifier_cost(classifier, preset).flops for classifier in job.sources.architectures),
         len(job.plan) * (2 * pixels + 2 * INT64_BYTES),
     )
 

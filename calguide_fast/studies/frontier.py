@@ -12,25 +12,26 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 # Okabe & Ito's colours, told apart by every eye
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
 MARKERS = "osD^vPX*"
-# where a point's scale stands, so that those of points that coincide do not
+# where a point's strength stands, so that those of points that coincide do not
 OFFSETS = ((5, 4), (5, -9), (-16, 4), (-16, -9))
 # of the alphas and epsilons of one divergence
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 NAMES = {"none": "log p alone", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "js": "Jensen–Shannon"}
-FEW = 40  # points that can all bear their scales
+FEW = 40  # points that can all bear their strengths
 
 
 def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryIO) -> None:
     """Write the Fréchet distance against class accuracy and against recall, as a PNG.
 
-    A line for each divergence with one alpha and epsilon, its points in the order of their scales.
+    A line for each divergence with one alpha and epsilon, its points in the order of their strengths.
 
     Args:
-        rows: ``divergence``, ``alpha``, ``epsilon``, ``scale``, ``fid`` and one :func:`frontier_panels` at least.
+        rows: ``divergence``, ``alpha``, ``epsilon``, their :func:`strength_of`, ``fid`` and one
+            :func:`frontier_panels` at least.
         heading: above the panels.
         file: to write to.
     """
-    panels = frontier_panels(rows)
+    panels, strength = frontier_panels(rows), strength_of(rows[0])
     figure = Figure(figsize=(1.2 + 6 * len(panels), 6.4), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, name in zip(all_axes, panels):
@@ -38,7 +39,7 @@ def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryI
             axes.plot([p[name] for p in points], [p["fid"] for p in points], **style)
             for point in points if len(rows) <= FEW else ():
                 axes.annotate(
-                    f"{point['scale']:g}",
+                    f"{point[strength]:g}",
                     (point[name], point["fid"]),
                     xytext=OFFSETS[number % len(OFFSETS)],
                     textcoords="offset points",
@@ -57,6 +58,11 @@ def frontier_plot(rows: Sequence[Mapping[str, Any]], heading: str, file: BinaryI
 def frontier_panels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the Fréchet distance can be drawn against: of ``accuracy`` and ``recall`` those that were measured."""
     return [name for name in ("accuracy", "recall") if all(name in row for row in rows)]
+
+
+def strength_of(row: Mapping[str, Any]) -> str:
+    """The column that says how strong guidance is."""
+    return "scale" if "scale" in row else "max_guidance"
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
@@ -80,7 +86,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list
             "markersize": 5,
             "markerfacecolor": "none",
         }
-        found.append((style, sorted(points, key=lambda row: row["scale"])))
+        found.append((style, sorted(points, key=lambda row: row[strength_of(row)])))
     return found
 
 

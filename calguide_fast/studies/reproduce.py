@@ -45,11 +45,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("table", choices=[PRESET], help="%(choices)s")
+    parser.add_argument("table", choices=[PRESET], help="the one table there is")
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help="folder of the files below")
     parser.add_argument("--reference", type=Path, required=True, metavar="NPZ", help="OpenAI's reference batch")
-    parser.add_argument("--out", type=Path, default=Path("out") / PRESET, metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--rows", default=",".join(ROWS), metavar="NAMES", help="separated by commas (all)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out") / PRESET,
+        metavar="DIR",
+        help="a new folder, or one to go on with (%(default)s)",
+    )
+    parser.add_argument(
+        "--rows", default=",".join(ROWS), metavar="NAMES", help="of the table, separated by commas (all)"
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="adm", help="how Inception sees images (%(default)s)")
 
     divergence = parser.add_argument_group("rows that have a divergence")
@@ -58,23 +66,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     divergence.add_argument("--scale", type=float, help="of the image gradient (1, EluCD's)")
 
     add_images(parser)
-    parser.add_argument("--steps", default=STEPS, help="OpenAI's respacing (%(default)s)")
+    parser.add_argument("--steps", default=STEPS, help="guided-diffusion's timestep_respacing (%(default)s)")
     # as the published code draws them
     parser.set_defaults(labels="random")
     add_machine(parser)
 
     plan = parser.add_argument_group("forecast", "What the table takes. Hours are an estimate, not a measurement.")
-    plan.add_argument("--dry-run", action="store_true", help="show it, and what files are missing, and end")
+    plan.add_argument("--dry-run", action="store_true", help="show it and the missing files, and sample nothing")
     rate = plan.add_mutually_exclusive_group()
-    rate.add_argument("--tflops", type=float, help="what one GPU reaches in sampling")
+    rate.add_argument("--tflops", type=float, help="TFLOP/s that one GPU reaches in sampling")
     rate.add_argument(
-        "--images-per-second", type=float, metavar="RATE", help=f"what one GPU reaches on the row {MEASURED_ROW}"
+        "--images-per-second", type=float, metavar="RATE", help=f"that one GPU reaches on the row {MEASURED_ROW}"
     )
-    rate.add_argument("--gpu", metavar="NAME", help=", ".join(PEAKS))
+    rate.add_argument("--gpu", metavar="NAME", help=f"by its data sheet: {', '.join(PEAKS)}")
     plan.add_argument(
-        "--utilisation", type=float, metavar="SHARE", help=f"of that GPU's data sheet ({UTILISATION}, an assumption)"
+        "--utilisation",
+        type=float,
+        metavar="SHARE",
+        help=f"of that GPU's peak that sampling reaches ({UTILISATION}, an assumption)",
     )
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="that share the hours (%(default)s)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="how many share the hours (%(default)s)")
 
 
 def run_reproduce(options: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ def _point(
 ) -> Point:
     options = {**given, "unet": files["unet"], "recipe": row.recipe, "grid": 100, "png": False}
     if row.classifier is not None:
-        options["classifier"] = f"{row.classifier}:{files[row.classifier]}"
+        options["classifier"] = [f"{row.classifier}:{files[row.classifier]}"]
     if row.divergence is not None:
         options |= {"divergence": row.divergence, **divergence}
     job = Job.of(options_of(PRESET, Path(), options))

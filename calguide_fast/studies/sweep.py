@@ -7,7 +7,6 @@ import csv
 import importlib.util
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,14 @@ from typing import Any
 from calguide_fast.evaluation.inception import PROTOCOLS
 from calguide_fast.generation.atomic import replacing, write_bytes
 from calguide_fast.generation.devices import own_device
-from calguide_fast.generation.options import add_guidance, add_images, add_machine, add_networks, add_process
+from calguide_fast.generation.options import (
+    RECIPES_EPILOG,
+    add_guidance,
+    add_images,
+    add_machine,
+    add_networks,
+    add_process,
+)
 from calguide_fast.generation.presets import DIGITS, PRESETS
 from calguide_fast.generation.settings import file_hash
 from calguide_fast.generation.team import Team
@@ -29,11 +35,12 @@ DESCRIPTION = """\
 Sample with every divergence, alpha and epsilon at every scale, with the same seeds, labels, steps and number of
 images, and measure each: Frechet distance, class accuracy, precision and recall.
 
-The options are those of `sample`, of which four take several values. Each point is a folder as `sample` makes it.
-Killed, the same command goes on; with other values it adds points, and keeps what is there. Under torchrun the
-processes share each point's batches.
+The options are those of `sample`, of which those of the grid take several values. Each point is a folder as
+`sample` makes it. Killed, the same command goes on; with other values it adds points, and keeps what is there. Under
+torchrun the processes share each point's batches. In parentheses: what holds unless an option is given.
 """
-EPILOG = """\
+EPILOG = f"""\
+{RECIPES_EPILOG}
 examples:
   calguide-fast sweep --preset digits --num-samples 500 --out out/sweep
   torchrun --nproc-per-node 8 -m calguide_fast sweep --preset imagenet128 --unet 128x128_diffusion.pt \\
@@ -56,18 +63,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--epsilon", metavar="NUMBERS", help="separated by commas (the recipe's)")
     factors = ", ".join(f"{factor:g}" for factor in FACTORS)
     grid.add_argument("--scale", metavar="NUMBERS", help=f"separated by commas ({factors} times the recipe's)")
+    grid.add_argument(
+        "--max-guidance", metavar="NUMBERS", help="with the edm rule in place of --scale, by the same factors"
+    )
 
     measure = parser.add_argument_group("measure", "For digits all but the batch size is the demo's.")
-    measure.add_argument("--reference", metavar="REFERENCE", help="as `evaluate` takes it")
+    measure.add_argument("--reference", metavar="REFERENCE", help="images or statistics, as `evaluate` takes them")
     measure.add_argument("--inception", type=Path, metavar="PATH", help="Inception's weights, see `evaluate --help`")
     measure.add_argument("--features", metavar="MODULE:FUNCTION", help="instead, your own features, as of `evaluate`")
     measure.add_argument("--protocol", choices=PROTOCOLS, default="adm", help="how Inception sees images (%(default)s)")
     measure.add_argument(
         "--classifier-judge",
         metavar="NAME:PATH",
-        help="whose opinion the class accuracy is, as --classifier; a ResNet sees images at 224 pixels (no accuracy)",
+        help="a classifier, named as by --classifier, whose opinion the class accuracy is; a ResNet sees images at 224 "
+        "pixels (no accuracy)",
     )
-    parser.add_argument_group("output").add_argument("--out", type=Path, required=True, metavar="DIR")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with, or to add points to"
+    )
 
 
 def run_sweep(options: argparse.Namespace) -> int:
@@ -109,12 +123,12 @@ def write_sweep(out: Path, point: Point, measure: Measure, rows: Sequence[dict[s
     writer.writerows(rows)
     write_bytes(out / "results.csv", table.getvalue().encode())
     if importlib.util.find_spec("matplotlib") is not None:
-        from calguide_fast.studies.frontier import frontier_panels, frontier_plot
+        from calguide_fast.studies.frontier import frontier_panels, frontier_plot, strength_of
 
         if not frontier_panels(rows):
             return
         heading = f"{shared['preset']}: {shared['images']} images a point, the same seeds and labels, "
-        heading += f"{shared['steps']} {shared['method'].upper()} steps. Numbers: scales"
+        heading += f"{shared['steps']} {shared['method'].upper()} steps. Numbers: {strength_of(rows[0])}"
         with replacing(out / "frontier.png") as file:
             frontier_plot(rows, heading, file)
 
@@ -130,11 +144,8 @@ def _measure(options: argparse.Namespace) -> Measure:
         raise ValueError(
             f"the preset {options.preset} needs a measure: --reference, and either --inception or --features"
         )
-    # a function of the user's is looked for where the command is run, as `python -m` does
-    if options.features is not None and "" not in sys.path:
-        sys.path.insert(0, "")
     judge = options.classifier_judge
-    if judge is not None and judge == options.classifier:
+    if judge in (options.classifier or ()):
         say("the judge is the classifier that guides, so the class accuracy says how well it is obeyed, and no more")
     return Measure(
         options.reference,

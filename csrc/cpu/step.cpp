@@ -32,38 +32,34 @@ void launch(int64_t elements, int threads, const Kernel& kernel) {
 }
 
 PyObject* guided_step(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  if (count != guided_step_arguments + 1) {
-    return PyErr_Format(PyExc_TypeError, "guided_step takes %d arguments, got %zd", guided_step_arguments + 1, count);
-  }
-  PositionalArguments in(items);
-  const int threads = static_cast<int>(in.integer());
-  const StepArguments a = read_guided_step(in);
-  if (PyErr_Occurred()) return nullptr;
+  return call("guided_step", items, count, guided_step_arguments, [](PositionalArguments& in) -> PyObject* {
+    const int threads = static_cast<int>(in.integer());
+    const StepArguments a = read_guided_step(in);
+    if (PyErr_Occurred()) return nullptr;
 
-  std::vector<float> scratch(2 * a.batch, a.scale);
-  float* const guide = scratch.data();
-  if (a.tilt.scores != nullptr) {
-    tilt_weights(a.tilt, guide);
-    for (int64_t b = 0; b < a.batch; ++b) guide[b] *= a.scale;
-  }
-  if (a.weights != nullptr) {
-    for (int64_t b = 0; b < a.batch; ++b) guide[b] *= a.weights[b];
-  }
-  const ImageScalars images = {guide, guide + a.batch};
-  launch(a.batch * a.channels * a.pixels, threads, [&](int used) { call_guided_step(a, images, used); });
-  Py_RETURN_NONE;
+    std::vector<float> scratch(2 * a.batch, a.scale);
+    float* const guide = scratch.data();
+    if (a.tilt.scores != nullptr) {
+      tilt_weights(a.tilt, guide);
+      for (int64_t b = 0; b < a.batch; ++b) guide[b] *= a.scale;
+    }
+    if (a.weights != nullptr) {
+      for (int64_t b = 0; b < a.batch; ++b) guide[b] *= a.weights[b];
+    }
+    const ImageScalars images = {guide, guide + a.batch};
+    launch(a.batch * a.channels * a.pixels, threads, [&](int used) { call_guided_step(a, images, used); });
+    Py_RETURN_NONE;
+  });
 }
 
 PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  if (count != predict_x0_arguments + 1) {
-    return PyErr_Format(PyExc_TypeError, "predict_x0 takes %d arguments, got %zd", predict_x0_arguments + 1, count);
-  }
-  PositionalArguments in(items);
-  const int threads = static_cast<int>(in.integer());
-  const StepArguments a = read_predict_x0(in);
-  if (PyErr_Occurred()) return nullptr;
-  launch(a.batch * a.channels * a.pixels, threads, [&](int used) { call_predict_x0(a, used); });
-  Py_RETURN_NONE;
+  return call("predict_x0", items, count, predict_x0_arguments, [](PositionalArguments& in) -> PyObject* {
+    const int threads = static_cast<int>(in.integer());
+    const StepArguments a = read_predict_x0(in);
+    if (PyErr_Occurred()) return nullptr;
+    launch(a.batch * a.channels * a.pixels, threads, [&](int used) { call_predict_x0(a, used); });
+    Py_RETURN_NONE;
+  });
 }
 
 void philox_normal(int threads, uintptr_t seeds, int64_t batch, int64_t elements, uint32_t draw, uint32_t stream,

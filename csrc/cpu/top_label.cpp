@@ -13,23 +13,41 @@ void run(const TopLabelBackwardArguments& arguments, int threads) {
 }
 
 // Returns the first row whose label is out of range, having written nothing, or -1.
-int64_t label(int threads, const TopLabelArguments& arguments) {
+int64_t label(const TopLabelArguments& arguments, int threads) {
   pybind11::gil_scoped_release release;
   const int64_t bad_row = first_bad_label(arguments);
   if (bad_row < 0) run(arguments, threads);
   return bad_row;
 }
 
-void pull(int threads, const TopLabelBackwardArguments& arguments) {
-  pybind11::gil_scoped_release release;
-  run(arguments, threads);
+PyObject* top_label(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return call("top_label", items, count, top_label_arguments, [](PositionalArguments& in) -> PyObject* {
+    const int threads = static_cast<int>(in.integer());
+    const TopLabelArguments arguments = read_top_label(in);
+    return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(label(arguments, threads));
+  });
+}
+
+PyObject* top_label_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return call("top_label_backward", items, count, top_label_backward_arguments,
+              [](PositionalArguments& in) -> PyObject* {
+                const int threads = static_cast<int>(in.integer());
+                const TopLabelBackwardArguments arguments = read_top_label_backward(in);
+                if (PyErr_Occurred()) return nullptr;
+                {
+                  pybind11::gil_scoped_release release;
+                  run(arguments, threads);
+                }
+                Py_RETURN_NONE;
+              });
 }
 
 }  // namespace
 
 void bind_top_label(pybind11::module_& module) {
-  module.def("top_label", top_label_function<int>(&label));
-  module.def("top_label_backward", top_label_backward_function<int>(&pull));
+  static PyMethodDef methods[] = {
+      positional("top_label", &top_label), positional("top_label_backward", &top_label_backward), {}};
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw pybind11::error_already_set();
 }
 
 }  // namespace calguide

@@ -31,21 +31,6 @@ void launch_at(PyObject* pair, const Launch& launch) {
   launch(place);
 }
 
-// Labels are not looked at, as that would wait for the device: always -1, "no bad row".
-int64_t guide(const py::tuple& pair, const GuidanceArguments& arguments) {
-  launch_at(pair.ptr(), [&](const Place& place) { launch_guidance_gradient(arguments, place); });
-  return -1;
-}
-
-int64_t label(const py::tuple& pair, const TopLabelArguments& arguments) {
-  launch_at(pair.ptr(), [&](const Place& place) { launch_top_label(arguments, place); });
-  return -1;
-}
-
-void pull(const py::tuple& pair, const TopLabelBackwardArguments& arguments) {
-  launch_at(pair.ptr(), [&](const Place& place) { launch_top_label_backward(arguments, place); });
-}
-
 void tilt_weights(const py::tuple& pair, uintptr_t scores, int64_t stride, int64_t count, double tilt,
                   bool normalize_sum, double max_weight, uintptr_t weights) {
   const TiltArguments arguments = {
@@ -62,37 +47,39 @@ void philox_normal(const py::tuple& pair, uintptr_t seeds, int64_t batch, int64_
   });
 }
 
-// What guided_step and predict_x0 have in common: positional arguments, and errors as Python's.
-template <class Launch>
-PyObject* call(const char* name, PyObject* const* items, Py_ssize_t count, int expected, const Launch& launch) {
-  if (count != expected + 1) {
-    return PyErr_Format(PyExc_TypeError, "%s takes %d arguments, got %zd", name, expected + 1, count);
-  }
-  PositionalArguments in(items);
-  PyObject* const pair = in.object();
-  try {
-    launch(in, pair);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  if (PyErr_Occurred()) return nullptr;
-  Py_RETURN_NONE;
+// What a function of positional arguments does: read those after the place, and launch with them. It returns the row
+// whose label is bad, as on a CPU; labels are not looked at here, as that would wait for the device, and so it is none.
+template <class Read, class Launch>
+PyObject* launch_with(const char* name, PyObject* const* items, Py_ssize_t count, int expected, const Read& read,
+                      const Launch& launch) {
+  return call(name, items, count, expected, [&](PositionalArguments& in) -> PyObject* {
+    PyObject* const pair = in.object();
+    const auto arguments = read(in);
+    if (PyErr_Occurred()) return nullptr;
+    launch_at(pair, [&](const Place& place) { launch(arguments, place); });
+    return PyLong_FromLong(-1);
+  });
+}
+
+PyObject* guidance_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return launch_with("guidance_gradient", items, count, guidance_arguments, read_guidance, launch_guidance_gradient);
+}
+
+PyObject* top_label(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return launch_with("top_label", items, count, top_label_arguments, read_top_label, launch_top_label);
+}
+
+PyObject* top_label_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return launch_with("top_label_backward", items, count, top_label_backward_arguments, read_top_label_backward,
+                     launch_top_label_backward);
 }
 
 PyObject* guided_step(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return call("guided_step", items, count, guided_step_arguments, [](PositionalArguments& in, PyObject* pair) {
-    const StepArguments arguments = read_guided_step(in);
-    if (PyErr_Occurred()) return;
-    launch_at(pair, [&](const Place& place) { launch_guided_step(arguments, place); });
-  });
+  return launch_with("guided_step", items, count, guided_step_arguments, read_guided_step, launch_guided_step);
 }
 
 PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return call("predict_x0", items, count, predict_x0_arguments, [](PositionalArguments& in, PyObject* pair) {
-    const StepArguments arguments = read_predict_x0(in);
-    if (PyErr_Occurred()) return;
-    launch_at(pair, [&](const Place& place) { launch_predict_x0(arguments, place); });
-  });
+  return launch_with("predict_x0", items, count, predict_x0_arguments, read_predict_x0, launch_predict_x0);
 }
 
 void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, uintptr_t weights, int64_t count,
@@ -169,11 +156,13 @@ std::string unavailable() {
 PYBIND11_MODULE(_cuda, module) {
   using namespace calguide;
   module.doc() = "CUDA kernels of calguide_fast; tensors come as pointers, sizes and strides, checked by the caller.";
-  static PyMethodDef methods[] = {positional("guided_step", &guided_step), positional("predict_x0", &predict_x0), {}};
+  static PyMethodDef methods[] = {positional("guidance_gradient", &guidance_gradient),
+                                  positional("top_label", &top_label),
+                                  positional("top_label_backward", &top_label_backward),
+                                  positional("guided_step", &guided_step),
+                                  positional("predict_x0", &predict_x0),
+                                  {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
-  module.def("guidance_gradient", guidance_function<py::tuple>(&guide));
-  module.def("top_label", top_label_function<py::tuple>(&label));
-  module.def("top_label_backward", top_label_backward_function<py::tuple>(&pull));
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
   module.def("smooth_ece", &smooth_ece);

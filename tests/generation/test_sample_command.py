@@ -23,7 +23,9 @@ from calguide_fast.demo.checkpoints import load_guide, load_unet
 from calguide_fast.generation import commands, folder, networks
 from calguide_fast.generation.shards import Shards
 from calguide_fast.generation.team import Team
+from calguide_fast.guidance import SETTINGS
 from calguide_fast.models.specs import LoadedClassifier
+from calguide_fast.schedule import Schedule
 
 IMAGES, BATCH = 11, 3
 BATCHES = 4
@@ -86,6 +88,73 @@ def test_the_images_are_the_samplers(finished):
         assert (file["arr_1"] == expected.labels.numpy()).all() and (file["seeds"] == expected.seeds.numpy()).all()
         assert file["batch_size"] == BATCH
     assert (finished / "grid.png").stat().st_size > 500
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "process"),
+    [
+        (
+            ["--method", "heun", "--rule", "edm", "--max-guidance", "0.1", "--add-factor", "0.3"],
+            {"rule": "edm", "max_guidance": 0.1, "add_factor": 0.3},
+            {"method": "heun"},
+        ),
+        (
+            ["--method", "heun", "--churn", "9", "--s-tmin", "0.1", "--s-tmax", "20", "--s-noise", "1.1"],
+            {"churn": 9.0, "s_tmin": 0.1, "s_tmax": 20.0, "s_noise": 1.1},
+            {"method": "heun"},
+        ),
+        (
+            ["--method", "dpmpp", "--sigma-min", "0.05", "--sigma-max", "30"],
+            {"sigma_range": (0.05, 30)},
+            {"method": "dpmpp"},
+        ),
+        (["--method", "heun", "--sigma-max", "30"], {"sigma_range": (0.01, 30)}, {"method": "heun"}),
+        (["--recurrence", "2", "--sine-boost", "0.3"], {"sine_boost": 0.3}, {"recurrence": 2}),
+        (["--cfg-scale", "2.5", "--sine-boost", "0.3"], {"sine_boost": 0.3, "cfg_scale": 2.5, "null_class": 10}, {}),
+        (
+            ["--cfg-scale", "2.5", "--null-class", "3", "--sine-boost", "0"],
+            {"cfg_scale": 2.5, "null_class": 3},
+            {},
+        ),
+        (
+            ["--classifier", "guide", "--classifier", "overconfident", "--classifier-weights", "3", "1"]
+            + ["--sine-boost", "0"],
+            {"classifier_weights": (3, 1)},
+            {},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_reach_the_sampler(options, settings, process, tmp_path):
+    folder, settings = tmp_path / "run", dict(settings)
+    command = ["sample", "--preset", "digits", "--num-samples", "4", "--steps", "3", "--labels", "3,7"]
+    assert main([*command, *options, "--out", str(folder)]) == 0
+    if "sigma_range" in settings:
+        # the linear schedule's lowest, which is above EDM's
+        settings["sigma_range"] = max(settings["sigma_range"][0], Schedule.linear().sigmas[0]), 30
+    classifiers = [load_guide(overconfident=wild, softplus_beta=3.0) for wild in (False, True)]
+    if "classifier_weights" not in settings:
+        classifiers.pop()
+    guidance = {name: settings.pop(name) for name in SETTINGS & set(settings)}
+    guidance = Guidance(**{"scale": 0.2, **guidance})
+    sampler = FDivSampler(load_unet(), classifiers, guidance, **settings)
+    expected = sampler.sample([3, 7, 3, 7], seeds=range(4), steps=3, progress=False, **process)
+    with np.load(folder / "samples_4x8x8x1.npz") as file:
+        assert (file["arr_0"] == expected.to_uint8().numpy()).all()
+
+
+def test_several_classifiers_are_on_record(tmp_path):
+    command = ["sample", "--preset", "digits", "--num-samples", "1", "--steps", "1", "--out", str(tmp_path / "run")]
+    both = ["--classifier", "guide", "--classifier", "overconfident"]
+    assert main([*command, *both]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["classifier"] == ["guide", "overconfident"]
+    assert list(settings["sha256"]) == ["unet", "classifier", "classifier_2"]
+    assert len(set(settings["sha256"].values())) == 3
+    # equal ones are what there is without weights, and only their ratio matters
+    assert main([*command, *both, "--classifier-weights", "2", "2", "--resume"]) == 0
+    with pytest.raises(SystemExit, match=r"classifier_weights: None there, \[0.75, 0.25\] here"):
+        main([*command, *both, "--classifier-weights", "3", "1", "--resume"])
 
 
 def test_config_says_what_was_run(finished):
@@ -213,6 +282,7 @@ def test_a_lost_store_is_one_line(begun, finished, monkeypatch, capsys):
         (["--classifier", "overconfident"], ["classifier: guide there, overconfident here", "sha256.classifier: "]),
         (["--batch-size", "4"], ["batch_size: 3 there, 4 here"]),
         (["--seeds", "5-15"], ["seeds: 5-14,99 there, 5-15 here"]),
+        (["--recurrence", "2"], ["recurrence: 1 there, 2 here"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -255,6 +325,21 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
         (["--softplus-beta", "-1"], "softplus-beta=-1.0 must be finite and at least 0"),
         (["--grid", "-1"], "grid must be a number of images, 0 or more, got -1"),
         (["--device", "cuda"], "PyTorch sees no GPU here"),
+        (["--rule", "edm", "--method", "ddim"], "rule='edm' belongs to method='heun'"),
+        (["--max-guidance", "0.1"], "max_guidance=0.1 has no effect with rule='score', whose strength is scale"),
+        (["--rule", "edm", "--scale", "1"], "scale=1.0 has no effect with rule='edm', whose strength is max_guidance"),
+        (["--churn", "3"], "churn=3.0 needs --method heun"),
+        (["--sigma-max", "30"], "sigma-max=30.0 needs --method heun or dpmpp"),
+        (["--method", "heun", "--s-noise", "1.1"], "s-noise=1.1 is of the churn, which is 0: give --churn"),
+        (["--method", "heun", "--sigma-max", "300"], "sigma_range=.*must rise, and lie within the model's range"),
+        (["--recurrence", "2", "--method", "dpmpp"], "recurrence needs 'ddpm', 'ddim' or 'heun'"),
+        (["--null-class", "10"], "null-class=10 has no use without --cfg-scale"),
+        (["--cfg-scale", "2", "--null-class", "11"], "null-class=11 is no label of the model, which knows 0..10"),
+        (
+            ["--preset", "imagenet64", "--unet", "a", "--classifier", "resnet50:a", "--cfg-scale=2"],
+            "needs --null-class",
+        ),
+        (["--classifier-weights", "1", "2"], "classifier_weights has 2 entries for 1 classifiers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -274,6 +359,10 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch):
         (["elucd", "--classifier", "resnet18:{}", "--method", "ddim"], ("none", 1.0, 0.5, 0.0, 3.0, "resnet18")),
         (["ours", "--classifier", "imagenet128:{}"], ("js", 1.0, 0.5, 0.3, None, "imagenet128")),
         (["adm-g", "--classifier", "imagenet128:{}"], ("none", 0.5, 1.0, 0.0, None, "imagenet128")),
+        (
+            ["elucd-edm", "--classifier", "resnet101:{}", "--method", "heun"],
+            ("none", 1.0, 0.0, 0.0, 5.0, "resnet101"),
+        ),
     ],
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )
@@ -297,12 +386,26 @@ def test_published_recipes(options, expected, tmp_path, monkeypatch):
     found = [guidance[name] for name in ("divergence", "scale", "marginal_temperature", "sine_boost")]
     assert (*found, settings["softplus_beta"], settings["classifier"]) == expected
     assert betas == ([expected[-2]])
+    edm = ("edm", 0.004, 0.3) if options[0] == "elucd-edm" else ("score", 0.001, 0.0)
+    assert (guidance["rule"], guidance["max_guidance"], guidance["add_factor"]) == edm
     assert settings["labels"] == "0-1" and settings["batch_size"] == 64
     assert settings["sha256"] == dict.fromkeys(["unet", "classifier"], hashlib.sha256(b"weights").hexdigest())
     # of another resolution than a noise-aware classifier
     if expected[-1] == "imagenet128":
         with pytest.raises(SystemExit, match="imagenet128 knows no noisy images of imagenet256"):
             main([*common, *(option.format(weights) for option in options), "--preset", "imagenet256", "--resume"])
+
+
+def test_classifiers_that_see_different_things_do_not_guide_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "load_unet", lambda preset, path: load_unet())
+    monkeypatch.setattr(
+        networks,
+        "load_classifier",
+        lambda spec, _: LoadedClassifier(load_guide(), *(("xt", "imagenet128") if "128" in spec else ("x0", None))),
+    )
+    options = ["sample", "--preset", "imagenet128", "--unet", "u", "--out", str(tmp_path), "--softplus-beta", "0"]
+    with pytest.raises(SystemExit, match="classifiers imagenet128, resnet50 do not guide together"):
+        main([*options, "--classifier", "imagenet128:a", "--classifier", "resnet50:b"])
 
 
 def test_unguided_sampling_needs_no_classifier(tmp_path):

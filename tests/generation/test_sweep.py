@@ -87,6 +87,22 @@ def test_the_grid_unless_told_otherwise():
     }
 
 
+def test_the_grid_of_elucds_rule_for_edm():
+    found = grid("--recipe", "elucd-edm", "--method", "heun", "--divergence", "none")
+    assert [row[3] for row in found] == pytest.approx([0.001, 0.002, 0.004, 0.008, 0.016])
+    asked = grid("--rule", "edm", "--method", "heun", "--divergence", "none,js", "--max-guidance", "0.1,0.2")
+    assert asked == [(name, *rest, m) for name, *rest in (("none", None, None), ("js", 1.0, 0.9)) for m in (0.1, 0.2)]
+    assert [row[3] for row in grid("--recipe", "elucd-edm", "--rule", "score", "--divergence", "js")][2] == 1.0
+
+
+def test_a_sweep_of_elucds_rule_for_edm(tmp_path):
+    options = ["--rule", "edm", "--method", "heun", "--divergence", "none", "--max-guidance", "0.1,0.2"]
+    assert main([*OPTIONS, *options, "--out", str(tmp_path)]) == 0
+    assert [row["max_guidance"] for row in results(tmp_path)] == [0.1, 0.2]
+    assert len({row["fid"] for row in results(tmp_path)}) == 2
+    assert [path.name[:10] for path in sorted(tmp_path.glob("points/*"))] == ["none-m0.1-", "none-m0.2-"]
+
+
 def test_compute_is_matched_and_points_differ(swept):
     settings = [json.loads((swept / row["folder"] / "config.json").read_text())["settings"] for row in results(swept)]
     guidance = [found.pop("guidance") for found in settings]
@@ -181,6 +197,7 @@ def test_other_measures_need_no_samples(swept, sampled, monkeypatch):
         (["--alpha", "1,1"], r"alpha='1,1' must be different values"),
         (["--divergence", "jss"], r"divergence='?jss"),
         (["--recipe", "unguided"], "nothing to sweep"),
+        (["--max-guidance", "0.1"], "max_guidance='0.1' has no effect with rule='score', whose strength is scale"),
         (["--classifier-judge", "resnet50:x"], "takes no classifier-judge"),
         (["--preset", "imagenet128", "--unet", "u", "--classifier", "resnet50:x"], "needs a measure: --reference"),
     ],

@@ -152,7 +152,8 @@ def test_damaged_file(tmp_path, name, content):
 def test_truncated_file(tmp_path, legacy_format, cut):
     torch.save(trained().state_dict(), tmp_path / "whole.pt", _use_new_zipfile_serialization=not legacy_format)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-cut])
-    with pytest.raises(ValueError, match="cut.pt"):
+    # what PyTorch says of it goes on for lines
+    with pytest.raises(ValueError, match=r"cut.pt was refused: it is damaged|cut.pt is not a [^.]+\. Was it copied"):
         load_checkpoint(network(), tmp_path / "cut.pt")
 
 

@@ -142,3 +142,9 @@ def test_missing_and_extra_keys_are_named(save):
         ValueError, match=r"1 missing: bn1.weight \(64,\); 1 unexpected: head.weight.*same architecture"
     ):
         load_classifier(f"resnet18:{save(state)}")
+    # what is only too much has a remedy of its own
+    state["bn1.weight"] = torch.zeros(64)
+    with pytest.raises(
+        ValueError, match=r"1 unexpected: head.weight \(3,\). All others fit: save the state dict without"
+    ):
+        load_classifier(f"resnet18:{save(state)}")

@@ -66,7 +66,6 @@ def test_wrong_settings(op, settings, error, message):
         (LOGITS, LABELS.to("meta"), ValueError, "labels is on meta but logits is on cpu"),
         (LOGITS, LABELS + 1, ValueError, r"labels\[3\]=10 is out of range: labels must lie in 0\.\.9"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("op", [guidance_gradient, guidance_score])
 def test_wrong_tensors(op, logits, labels, error, message):

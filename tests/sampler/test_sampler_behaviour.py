@@ -425,7 +425,7 @@ CONSTRUCTION = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), CONSTRUCTION, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("options", "error", "message"), CONSTRUCTION)
 def test_wrong_construction(options, error, message):
     with pytest.raises(error, match=message):
         FDivSampler(unet(), **{"classifier": classifier(), **options})
@@ -470,7 +470,6 @@ def test_a_shape_that_nobody_knows():
         ),
         ({"noise": lambda: None}, ValueError, r"noise\(\) must return"),
     ],
-    ids=lambda value: str(value)[:40],
 )
 def test_wrong_calls(options, error, message):
     arguments = {"labels": LABELS, "seeds": SEEDS, "steps": 5, "progress": False, **options}
