@@ -40,7 +40,7 @@ ISA_FLAGS = {
 CUDA_ARCHS = ["75", "80", "90", "100", "120"]
 
 # sources whose every multiply and add must round by itself, so that all machines give the same bits
-NO_CONTRACTION = {"step.cpp"}
+NO_CONTRACTION = {"step.cpp", "tilt.cpp"}
 
 
 @dataclass

@@ -2,31 +2,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cmath>
-
 namespace calguide {
 
-// one thread and one fixed order, in double: B is small and the weights must not depend on anything but the scores
-void tilt_weights(const TiltArguments& a, float* weights) {
-  double largest = -INFINITY;
-  bool invalid = false;
-  for (int64_t b = 0; b < a.count; ++b) {
-    const double exponent = a.tilt * a.scores[b * a.stride];
-    invalid |= std::isnan(exponent);
-    if (exponent > largest) largest = exponent;
-  }
-  // all exponents -inf, or one +inf, have no softmax
-  if (invalid || std::isinf(largest)) {
-    for (int64_t b = 0; b < a.count; ++b) weights[b] = NAN;
-    return;
-  }
-  double total = 0.0;
-  for (int64_t b = 0; b < a.count; ++b) total += std::exp(a.tilt * a.scores[b * a.stride] - largest);
-  const double unit = (a.normalize_sum ? 1.0 : static_cast<double>(a.count)) / total;
-  for (int64_t b = 0; b < a.count; ++b) {
-    const double weight = unit * std::exp(a.tilt * a.scores[b * a.stride] - largest);
-    weights[b] = static_cast<float>(weight > a.max_weight ? a.max_weight : weight);
-  }
+void tilt_weights(const TiltArguments& arguments, float* weights) {
+  CALGUIDE_DISPATCH(tilt_weights(arguments, weights))
 }
 
 void bind_tilt(pybind11::module_& module) {

@@ -1,6 +1,9 @@
 #pragma once
 
 #include "arguments.h"
+#include "cpu/isa.h"
+
+CALGUIDE_DECLARE_KERNEL(void tilt_weights(const TiltArguments& arguments, float* weights))
 
 namespace calguide {
 

@@ -4,8 +4,7 @@
 // Everything between the first and the last pass over the samples is small, and runs on one thread in one order.
 #include "cpu/smooth_ece.h"
 
-#include <stdlib.h>
-
+#include "cpu/kernels/buffer.h"
 #include "smooth_ece_math.h"
 
 namespace calguide {
@@ -21,21 +20,6 @@ constexpr int64_t samples_per_block = 128;
 constexpr int64_t tables_per_part = 2;
 // below this many samples a thread costs more than it saves
 constexpr int64_t samples_per_thread = 32768;
-
-class Buffer {
- public:
-  explicit Buffer(int64_t length) : data_(static_cast<double*>(aligned_alloc(64, (8 * length + 127) / 64 * 64))) {
-    if (data_ == nullptr) abort();
-  }
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator double*() { return data_; }
-  operator const double*() const { return data_; }
-
- private:
-  double* data_;
-};
 
 // Sums over weighted places t of cos(pi k t), or of sin(pi k t), for k = 0, 1, 2, ... by Chebyshev's recurrence.
 class WaveSums {
