@@ -315,7 +315,8 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path):
         "assert t._cpu.isa() == sys.argv[1]; given = {**t.inputs(shape=(3, 40, 41)), 'noise': None}; "
         "seeds = torch.arange(3); "
         "torch.save([t.step(**given, seeds=seeds, coefficients=t.row(logs), method=method) "
-        "for logs in (t.USUAL, t.WIDE) for method in (t.DDPM, t.DDIM)], sys.argv[2])"
+        "for logs in (t.USUAL, t.WIDE) for method in (t.DDPM, t.DDIM)] "
+        "+ [t.cpu.tilt_weights(torch.linspace(-9, 3, 1001).exp(), -1.7, False, 9.0)], sys.argv[2])"
     )
     results = []
     for isa in _cpu.isas():
