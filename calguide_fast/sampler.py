@@ -267,7 +267,7 @@ class FDivSampler:
             :class:`calguide_fast.samples.Samples`.
         """
         self._check_method(method, recurrence)
-        timeline = self._karras_levels(steps) if method in SOLVERS else self.schedule.respaced(steps)
+        timeline = self._karras_levels(steps, method) if method in SOLVERS else self.schedule.respaced(steps)
         wanted = self._wanted(labels)
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
@@ -327,7 +327,7 @@ class FDivSampler:
             first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
             raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
 
-    def _karras_levels(self, steps: str | int) -> KarrasLevels:
+    def _karras_levels(self, steps: str | int, method: str) -> KarrasLevels:
         """Where a solver goes: as far as the model does, within the range asked for."""
         if self._denoise is None:
             low, high = self.schedule.sigmas[[0, -1]].tolist()
@@ -341,7 +341,9 @@ class FDivSampler:
             raise ValueError(
                 f"sigma_range={(first, last)!r} must rise, and lie within the model's range, {low}..{high}"
             )
-        return KarrasLevels.karras(steps, first, last, self.schedule, self.churn)
+        # DPM-Solver++ has no churn: it must not evaluate the model at more noise than there is
+        churn = self.churn if method == "heun" else None
+        return KarrasLevels.karras(steps, first, last, self.schedule, churn)
 
     def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
         if self._graphs is None:
