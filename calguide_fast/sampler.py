@@ -500,7 +500,9 @@ class FDivSampler:
         assert self.guidance is not None
         guidance = self.guidance
         found, weights = self._weighed_gradient(guidance, edm_rule.classified_at(x), row[Level.TIMESTEP], labels)
-        shift = edm_rule.shift(x, guidance.scale * found.gradient, row, guidance.max_guidance, guidance.add_factor)
+        shift = edm_rule.shift(x, found.gradient, row, guidance.max_guidance, guidance.add_factor)
+        # of scale the sign alone: a product with a half-precision gradient might be 0 or infinite
+        shift *= float(np.sign(guidance.scale))
         return _Denoised(shift if weights is None else shift * _per_image(weights, x), None, found, weights)
 
     def _left(self, x0: Tensor | None, found: ImageGradient | None, weights: Tensor | None) -> _Found:

@@ -169,6 +169,21 @@ def test_elucds_edm_rule(churn, add_factor, backend):
     assert_near(found[2], unguided, TOLERANCE, "a gradient of 0 adds 0")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_only_the_sign_of_scale_counts_in_elucds_rule(dtype):
+    """However large or small it is, beside a gradient of any precision."""
+    guide, noise = classifier().to(dtype), draws()
+
+    def image(scale):
+        guidance = Guidance("none", rule="edm", max_guidance=0.05, scale=scale)
+        return sample(FDivSampler(unet(), guide, guidance), noise)
+
+    expected = image(1.0)
+    for scale in (1e-30, 1e30):
+        assert torch.equal(image(scale), expected)
+    assert (image(-1.0) - expected).abs().max() > 0.1
+
+
 class Gaussian(torch.nn.Module):
     """The exact denoiser of images N(mean, deviation²), with mean read off the label if there is one."""
 
