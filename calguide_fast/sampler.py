@@ -169,7 +169,7 @@ class FDivSampler:
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
         self.class_conditional = _read(class_conditional, model, "class_conditional", False)
-        self.num_classes = _num_classes(num_classes, networks[0] if networks else None, model, null_class)
+        self.num_classes = _num_classes(num_classes, networks, model, null_class)
         self.shape = _image_shape(shape, model)
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
@@ -714,11 +714,17 @@ def _schedule_of(model: Any) -> Schedule:
     return said if isinstance(said, Schedule) else Schedule.linear()
 
 
-def _num_classes(given: int | None, classifier: Any, model: Any, null_class: int | None) -> int | None:
+def _num_classes(
+    given: int | None, classifiers: Sequence[Classifier], model: Any, null_class: int | None
+) -> int | None:
     """How many classes there are to draw labels from, as far as anybody says."""
-    number = _read(given, classifier, "num_classes", None)
-    if number is not None:
-        return number
+    if given is not None:
+        return given
+    said = {number for network in classifiers if (number := _read(None, network, "num_classes", None)) is not None}
+    if len(said) > 1:
+        raise ValueError(f"the classifiers must have the same classes; their num_classes are {sorted(said)}")
+    if said:
+        return said.pop()
     number = _read(None, model, "num_classes", None)
     # a model that was trained with a null class may count it, last, among its own
     return number - 1 if number is not None and null_class == number - 1 else number
