@@ -43,7 +43,7 @@ def as_cond_fn(
         classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``, with t as the loop
             gives it; returns logits (B, num_classes) and is differentiable.
         guidance: a :class:`calguide_fast.Guidance`; its defaults if not given. ``scale`` and ``tilt`` are applied here;
-            ``sine_boost`` belongs to a sampler, which knows the variance.
+            ``sine_boost`` belongs to a sampler, which knows the variance, and so does ``rule="edm"``.
         schedule: the original process, before respacing. It says which noise level t is, for ``interval`` and
             ``model``; T decides how a rescaled t (``rescale_timesteps=True``: fractional, in 0..1000) is read.
         classifier_input: ``"x0"`` or ``"xt"``.
@@ -96,6 +96,8 @@ class CondFn:
                 f"sine_boost={guidance.sine_boost!r} adds to the step's variance, which a cond_fn does not know; "
                 "FDivSampler does"
             )
+        if guidance.rule != "score":
+            raise ValueError(f"rule={guidance.rule!r} belongs to FDivSampler's method='heun'; a cond_fn needs 'score'")
         self.classifier, self.guidance, self.schedule, self.model = classifier, guidance, schedule, model
         self.classifier_input, self.classifier_transform = classifier_input, classifier_transform
         self.clip_denoised = clip_denoised

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calguide_fast.ops.checks import number
+from calguide_fast.ops.checks import is_integer, number
 from calguide_fast.schedule import Schedule
 
 RHO = 7.0
@@ -107,7 +107,7 @@ class KarrasLevels:
         Raises:
             ValueError: a count that is no integer or below 1; levels that are not 0 < low < high.
         """
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+        if not is_integer(count) or count < 1:
             raise ValueError(f"steps={count!r} must be an integer, at least 1: how many noise levels to visit")
         if not 0 < low < high < math.inf:
             raise ValueError(f"the noise levels from {low!r} to {high!r} must be finite, above 0 and rising")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from calguide_fast.karras import SIGMA_RANGE, Churn, KarrasLevels, Level, Solve
 from calguide_fast.networks import device_of, dtype_of, frozen, layout_of, prepared
 from calguide_fast.noise import as_seeds, draw_labels
 from calguide_fast.ops import checks
-from calguide_fast.ops.checks import check_labels, number
+from calguide_fast.ops.checks import check_labels, is_integer, number
 from calguide_fast.ops.coefficients import Coefficient
 from calguide_fast.ops.guidance import GuidanceStats
 from calguide_fast.ops.step import METHODS, guided_step, predict_x0
@@ -169,7 +169,7 @@ class FDivSampler:
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
         self.class_conditional = _read(class_conditional, model, "class_conditional", False)
-        self.num_classes = _num_classes(num_classes, networks[0] if networks else None, model, null_class)
+        self.num_classes = _num_classes(num_classes, networks, model, null_class)
         self.shape = _image_shape(shape, model)
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
@@ -200,7 +200,7 @@ class FDivSampler:
             raise ValueError("classifier_transform needs a classifier with classifier_input='x0'")
         if self._follows_edm_rule and not self._sees_x0:
             raise ValueError("rule='edm' needs a classifier with classifier_input='x0'")
-        if self.null_class is not None and (not _is_integer(self.null_class) or self.null_class < 0):
+        if self.null_class is not None and (not is_integer(self.null_class) or self.null_class < 0):
             raise ValueError(f"null_class={self.null_class!r} must be a label: an integer, 0 or more")
         if self.cfg_scale != 1.0 and (self.null_class is None or not self.class_conditional):
             raise ValueError(f"cfg_scale={self.cfg_scale!r} needs a class-conditional model and its null_class")
@@ -267,13 +267,13 @@ class FDivSampler:
             :class:`calguide_fast.samples.Samples`.
         """
         self._check_method(method, recurrence)
-        timeline = self._karras_levels(steps) if method in SOLVERS else self.schedule.respaced(steps)
+        timeline = self._karras_levels(steps, method) if method in SOLVERS else self.schedule.respaced(steps)
         wanted = self._wanted(labels)
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
         labels = draw_labels(seeds, self._known_classes()) if isinstance(wanted, int) else wanted
         batch_size = max(count, 1) if batch_size is None else batch_size
-        if not _is_integer(batch_size) or batch_size < 1:
+        if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
         self._check_noise(noise, count, timeline, recurrence)
 
@@ -311,7 +311,7 @@ class FDivSampler:
             raise ValueError("sine_boost belongs to method='ddpm'")
         if method != "heun" and self._follows_edm_rule:
             raise ValueError("rule='edm' belongs to method='heun'")
-        if not _is_integer(recurrence) or recurrence < 1:
+        if not is_integer(recurrence) or recurrence < 1:
             raise ValueError(f"recurrence={recurrence!r} must be an integer, at least 1")
         if recurrence > 1 and method == "dpmpp":
             raise ValueError("method='dpmpp' builds on the step before; recurrence needs 'ddpm', 'ddim' or 'heun'")
@@ -327,7 +327,7 @@ class FDivSampler:
             first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
             raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
 
-    def _karras_levels(self, steps: str | int) -> KarrasLevels:
+    def _karras_levels(self, steps: str | int, method: str) -> KarrasLevels:
         """Where a solver goes: as far as the model does, within the range asked for."""
         if self._denoise is None:
             low, high = self.schedule.sigmas[[0, -1]].tolist()
@@ -341,7 +341,9 @@ class FDivSampler:
             raise ValueError(
                 f"sigma_range={(first, last)!r} must rise, and lie within the model's range, {low}..{high}"
             )
-        return KarrasLevels.karras(steps, first, last, self.schedule, self.churn)
+        # DPM-Solver++ has no churn: it must not evaluate the model at more noise than there is
+        churn = self.churn if method == "heun" else None
+        return KarrasLevels.karras(steps, first, last, self.schedule, churn)
 
     def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
         if self._graphs is None:
@@ -498,7 +500,9 @@ class FDivSampler:
         assert self.guidance is not None
         guidance = self.guidance
         found, weights = self._weighed_gradient(guidance, edm_rule.classified_at(x), row[Level.TIMESTEP], labels)
-        shift = edm_rule.shift(x, guidance.scale * found.gradient, row, guidance.max_guidance, guidance.add_factor)
+        shift = edm_rule.shift(x, found.gradient, row, guidance.max_guidance, guidance.add_factor)
+        # of scale the sign alone: a product with a half-precision gradient might be 0 or infinite
+        shift *= float(np.sign(guidance.scale))
         return _Denoised(shift if weights is None else shift * _per_image(weights, x), None, found, weights)
 
     def _left(self, x0: Tensor | None, found: ImageGradient | None, weights: Tensor | None) -> _Found:
@@ -561,7 +565,7 @@ class FDivSampler:
 
     def _wanted(self, labels: int | Sequence[int] | Tensor) -> int | Tensor:
         """How many images to draw labels for, or the labels: (N,) int64 on the CPU."""
-        if _is_integer(labels):
+        if is_integer(labels):
             if labels < 0:
                 raise ValueError(f"labels={labels} must not be negative, as a number of images")
             return int(labels)
@@ -710,15 +714,17 @@ def _schedule_of(model: Any) -> Schedule:
     return said if isinstance(said, Schedule) else Schedule.linear()
 
 
-def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _num_classes(given: int | None, classifier: Any, model: Any, null_class: int | None) -> int | None:
+def _num_classes(
+    given: int | None, classifiers: Sequence[Classifier], model: Any, null_class: int | None
+) -> int | None:
     """How many classes there are to draw labels from, as far as anybody says."""
-    number = _read(given, classifier, "num_classes", None)
-    if number is not None:
-        return number
+    if given is not None:
+        return given
+    said = {number for network in classifiers if (number := _read(None, network, "num_classes", None)) is not None}
+    if len(said) > 1:
+        raise ValueError(f"the classifiers must have the same classes; their num_classes are {sorted(said)}")
+    if said:
+        return said.pop()
     number = _read(None, model, "num_classes", None)
     # a model that was trained with a null class may count it, last, among its own
     return number - 1 if number is not None and null_class == number - 1 else number
@@ -733,6 +739,6 @@ def _image_shape(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:
             )
         height, width = size if isinstance(size, Sequence) else (size, size)
         shape = (channels, height, width)
-    if not all(_is_integer(side) and side > 0 for side in shape) or len(shape) < 2:
+    if not all(is_integer(side) and side > 0 for side in shape) or len(shape) < 2:
         raise ValueError(f"shape={tuple(shape)!r} must be (C, *spatial), positive integers")
     return tuple(map(int, shape))

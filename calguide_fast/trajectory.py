@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calguide_fast.ops.checks import is_integer
+
 OF = ("x", "x0")
 
 
@@ -46,7 +48,7 @@ class Trajectory:
         """
         if of not in OF:
             raise ValueError(f"trajectory_of={of!r} must be 'x' or 'x0'")
-        if not isinstance(keep, int) or not 0 <= keep <= len(sigmas):
+        if not (isinstance(keep, bool) or is_integer(keep)) or not 0 <= keep <= len(sigmas):
             raise ValueError(f"trajectory={keep!r} must be True or a number of steps to keep, in 0..{len(sigmas)}")
         if not keep:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -34,6 +34,11 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
             allowed = f"between {low:g} and {high:g}"
         raise ValueError(f"{name}={value!r} must be {allowed}")
     return result
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether ``value`` is an integer, of Python's or NumPy's, and no truth value."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def floating(name: str, tensor: Any) -> None:

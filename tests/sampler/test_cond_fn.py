@@ -105,6 +105,8 @@ def test_errors():
     guide = classifier()
     with pytest.raises(ValueError, match="sine_boost=0.3 adds to the step's variance, which a cond_fn does not know"):
         as_cond_fn(guide, Guidance(sine_boost=0.3))
+    with pytest.raises(ValueError, match="rule='edm' belongs to FDivSampler's method='heun'"):
+        as_cond_fn(guide, Guidance(rule="edm"))
     with pytest.raises(ValueError, match="classifier_input='x1' must be 'x0' or 'xt'"):
         as_cond_fn(guide, classifier_input="x1")
     with pytest.raises(ValueError, match="model and classifier_transform are for classifier_input='x0'"):

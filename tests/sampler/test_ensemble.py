@@ -19,6 +19,12 @@ def another(timed: bool = False) -> ToyClassifier:
     return ToyClassifier(timed, sharpness=9.0).eval()
 
 
+def of_ten() -> ToyClassifier:
+    guide = classifier()
+    guide.num_classes = 10
+    return guide
+
+
 def sample(sampler, method="ddpm", noise=None, **options):
     return sampler.sample(LABELS, range(4), 5, method, noise=noise, progress=False, **options)
 
@@ -67,6 +73,10 @@ def test_members_of_different_kinds(backend):
     assert next(half.parameters()).requires_grad
 
 
+def test_any_member_tells_the_number_of_classes():
+    assert FDivSampler(unet(), [another().forward, classifier()]).num_classes == 5
+
+
 @pytest.mark.parametrize(
     ("classifiers", "options", "error", "message"),
     [
@@ -76,6 +86,7 @@ def test_members_of_different_kinds(backend):
         ([classifier()] * 2, {"classifier_weights": [-1, 2]}, ValueError, r"classifier_weights\[0\]=-1 must be finite"),
         ([classifier()] * 2, {"classifier_weights": ["a", 2]}, TypeError, r"classifier_weights\[0\] must be a number"),
         ([classifier(), another().train()], {}, ValueError, "the classifier is in training mode"),
+        ([of_ten(), classifier()], {}, ValueError, r"must have the same classes; their num_classes are \[5, 10\]"),
         (classifier(), {"classifier_weights": [1, 2]}, ValueError, "classifier_weights has 2 entries for 1 class"),
     ],
 )

@@ -77,6 +77,13 @@ def test_literal_loops(method, churn, classifier_input, backend):
         assert moved > 50 * TOLERANCE, f"guidance must matter for the test to mean something, moved {moved}"
 
 
+def test_dpmpp_leaves_churn_to_heun():
+    """One sampler serves both methods, and its churn is heun's alone."""
+    still, churned = FDivSampler(unet(), classifier()), FDivSampler(unet(), classifier(), **CHURN)
+    assert torch.equal(sample(still, method="dpmpp"), sample(churned, method="dpmpp"))
+    assert not torch.equal(sample(still), sample(churned))
+
+
 @pytest.mark.parametrize("method", ["heun", "dpmpp"])
 def test_without_a_clip(method):
     model, guide, noise = unet(learned_variance=False), classifier(), draws()
@@ -160,6 +167,21 @@ def test_elucds_edm_rule(churn, add_factor, backend):
     assert_near(found[0], expected, TOLERANCE)
     assert_near(found[1], expected, TOLERANCE, "scale cancels")
     assert_near(found[2], unguided, TOLERANCE, "a gradient of 0 adds 0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_only_the_sign_of_scale_counts_in_elucds_rule(dtype):
+    """However large or small it is, beside a gradient of any precision."""
+    guide, noise = classifier().to(dtype), draws()
+
+    def image(scale):
+        guidance = Guidance("none", rule="edm", max_guidance=0.05, scale=scale)
+        return sample(FDivSampler(unet(), guide, guidance), noise)
+
+    expected = image(1.0)
+    for scale in (1e-30, 1e30):
+        assert torch.equal(image(scale), expected)
+    assert (image(-1.0) - expected).abs().max() > 0.1
 
 
 class Gaussian(torch.nn.Module):
