@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for pictures and results (%(default)s)"
     )
-    demo.add_argument("--full", action="store_true", help="more seeds and images, and a sweep of scales (much longer)")
+    demo.add_argument(
+        "--full",
+        action="store_true",
+        help="more seeds and images, a sweep of strengths, and a study of calibration (about an hour)",
+    )
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train-demo", help="train the demo's networks anew")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calguide_fast.calibration.predictions import top_label
+from calguide_fast.npz import array_names, read_array
 
 LOGITS = ("logits", "logit")
 PROBABILITIES = ("probabilities", "probs", "prob")
@@ -69,11 +69,7 @@ def _tables(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} must be an .npz or a .csv file")
     if path.suffix == ".csv":
         return _columns(path)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path} is no readable .npz file: {error}") from None
+    return {name: read_array(path, name) for name in array_names(path)}
 
 
 def _columns(path: Path) -> dict[str, np.ndarray]:

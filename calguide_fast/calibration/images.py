@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
+
+from calguide_fast.npz import ArrayStream, read_array
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 
@@ -70,42 +71,28 @@ class _Archive:
     num_classes: int | None = None
 
     def __init__(self, path: Path, resize: int | None) -> None:
-        self.path, self.resize = path, resize
+        self.resize = resize
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                names = arrays.files
-                labels = arrays["arr_1"] if "arr_1" in names else None
-            if "arr_0" not in names or labels is None:
-                raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                shape, dtype = _header(file)
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise ValueError(f"{path} holds no labelled images: {error}; expected {ACCEPTED}") from None
+            self.pixels, labels = ArrayStream(path, "arr_0"), read_array(path, "arr_1")
+        except ValueError as error:
+            raise ValueError(f"no labelled images: {error}; expected {ACCEPTED}") from None
+        shape, dtype = self.pixels.shape, self.pixels.dtype
         if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
             raise ValueError(f"{path}: arr_0 has shape {shape} and dtype {dtype}; it must be (n, H, W, C), uint8")
         if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"{path}: arr_1 has shape {labels.shape} and dtype {labels.dtype}; it must be ({shape[0]},), integers"
             )
-        self.shape, self.labels = shape, labels.astype(np.int64)
+        self.labels = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-            _header(file)
-            for start in range(0, len(self), size):
-                labels = self.labels[start : start + size]
-                shape = (len(labels), *self.shape[1:])
-                try:
-                    pixels = file.read(int(np.prod(shape)))
-                    images = np.frombuffer(pixels, np.uint8).reshape(shape)
-                except (zipfile.BadZipFile, EOFError, ValueError) as error:
-                    raise ValueError(f"{self.path} is damaged after {start} images: {error}") from None
-                if self.resize is not None:
-                    images = np.stack([_square(image, self.resize) for image in images])
-                yield Batch(images, labels)
+        for start, images in zip(range(0, len(self), size), self.pixels.rows(size)):
+            if self.resize is not None:
+                images = np.stack([_square(image, self.resize) for image in images])
+            yield Batch(images, self.labels[start : start + size])
 
 
 class _Folder:
@@ -135,16 +122,6 @@ class _Folder:
                 files = [file for file, _ in chosen]
                 images = list(pool.map(partial(_decoded, resize=self.resize), files))
                 yield Batch(_stacked(files, images), np.array([label for _, label in chosen], np.int64))
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an .npy stream, which is left at its first element."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(file)
-    if fortran_order:
-        raise ValueError("arr_0 is stored by columns (Fortran order)")
-    return shape, dtype
 
 
 def _decoded(file: Path, resize: int | None) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Classified(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write ``logits`` (K·n, num_classes), ``labels`` and, of noised images, ``timesteps``, each (K·n,)."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "logits": self.logits.flatten(0, 1).numpy(),
             "labels": self.labels.repeat(len(self.logits)).numpy(),
         }
@@ -43,7 +43,7 @@ class Classified(NamedTuple):
         path.parent.mkdir(parents=True, exist_ok=True)
         # an open file, because numpy would add a suffix to a name
         with path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from calguide_fast.evaluation.npz import ArrayStream
+from calguide_fast.npz import ArrayStream
 
 PIXELS = "arr_0"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

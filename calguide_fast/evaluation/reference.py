@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from calguide_fast.evaluation.images import PIXELS, Images, ImagesLike, open_images
-from calguide_fast.evaluation.npz import array_names, read_array
 from calguide_fast.evaluation.statistics import FeatureStatistics
+from calguide_fast.npz import array_names, read_array
 
 STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 

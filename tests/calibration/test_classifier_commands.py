@@ -179,12 +179,17 @@ def test_options_that_cannot_be_are_one_line(arguments, message, folder):
 
 def spoil(folder, how):
     data = folder / "images.npz"
-    if how == "cut":
-        data.write_bytes(data.read_bytes()[:20_000])
-    elif how == "damaged":
+    if how in ("nothing", "cut"):
+        data.write_bytes(data.read_bytes()[: 20_000 if how == "cut" else 0])
+    elif how.startswith("damaged"):
+        if "compressed" in how:
+            np.savez_compressed(data, PIXELS, LABELS)
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
+    elif how == "another file":
+        with data.open("wb") as file:
+            np.save(file, PIXELS)
     elif how == "one array":
         np.savez(data, PIXELS)
     elif how == "floats":
@@ -213,9 +218,12 @@ def spoil(folder, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("cut", "images.npz holds no labelled images: .*; expected an .npz file with uint8"),
-        ("damaged", "images.npz is damaged"),
-        ("one array", "holds no labelled images: it holds arr_0; expected"),
+        ("nothing", "no labelled images: .*images.npz is no readable .npz file: .*; expected an .npz file with uint8"),
+        ("cut", "no labelled images: .*images.npz is no readable .npz file"),
+        ("damaged", "images.npz is no readable .npz file: Bad CRC"),
+        ("damaged and compressed", "images.npz is no readable .npz file"),
+        ("another file", "no labelled images: .*images.npz is no readable .npz file"),
+        ("one array", "no labelled images: .*images.npz holds arr_0, but no arr_1; expected"),
         ("floats", r"arr_0 has shape \(30, 32, 32, 3\) and dtype float64; it must be \(n, H, W, C\), uint8"),
         ("labels", r"arr_1 has shape \(29,\) and dtype int64; it must be \(30,\), integers"),
         ("range", r"labels\[2\]=3 is out of range"),

@@ -28,9 +28,18 @@ def array_names(path: Path) -> list[str]:
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    """A whole array of a file, without running code that the file brings along."""
+    """A whole array of a file, without running code that the file brings along.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no .npz file, or holds no such array of numbers.
+    """
+    _check_holds(path, name)
     with _readable(path), np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
+        try:
+            return arrays[name]
+        except ValueError as error:
+            raise ValueError(f"{path}: {name} cannot be read: {error}") from None
 
 
 class ArrayStream:
@@ -50,8 +59,7 @@ class ArrayStream:
 
     def __init__(self, path: Path, name: str):
         self._path, self._name = path, name
-        if name not in (names := array_names(path)):
-            raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}, but no {name}")
+        _check_holds(path, name)
         with self._open() as file:
             self.shape, fortran_order, self.dtype = _read_header(file)
         if fortran_order:
@@ -72,6 +80,11 @@ class ArrayStream:
     def _open(self) -> Iterator[IO[bytes]]:
         with _readable(self._path), zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as file:
             yield file
+
+
+def _check_holds(path: Path, name: str) -> None:
+    if name not in (names := array_names(path)):
+        raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}, but no {name}")
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
