@@ -16,6 +16,7 @@ from calguide_fast.generation.interrupts import Interrupts
 Item = TypeVar("Item")
 
 POLL_SECONDS = 0.05
+LEAVE_SECONDS = 60.0  # until nobody is waited for any more
 
 
 class TeammateFailed(RuntimeError):
@@ -79,6 +80,17 @@ class Team:
         """Wait until a shared count is reached."""
         while self._store.add(name, 0) < count:
             self._pause()
+
+    def leave(self) -> None:
+        """Say that this process needs the team no more; rank 0, which may keep the store, waits until all have.
+
+        Not for ever: one may have died with its work done.
+        """
+        left = self._shared.add("left", 1)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.rank == 0 and left < self.size and time.monotonic() < deadline:
+            self._pause()
+            left = self._shared.add("left", 0)
 
     def fail(self, reason: str) -> None:
         """Tell the others to stop."""

@@ -8,6 +8,7 @@ import signal
 import pytest
 from torch import distributed
 
+from calguide_fast.generation import team as team_module
 from calguide_fast.generation.interrupts import Interrupted, Interrupts
 from calguide_fast.generation.team import Team, TeammateFailed
 
@@ -65,6 +66,19 @@ def test_who_waits_hears_of_a_signal():
         # the second acts as ever
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_rank_0_leaves_last(pair, monkeypatch):
+    """Its process may keep the store, which the others have still to hear from."""
+    first, second = pair
+    waits = iter([lambda: None, second.leave])
+    monkeypatch.setattr(first, "_pause", lambda: next(waits)())
+    first.leave()
+    assert next(waits, None) is None
+    # who died is not waited for until the end of time
+    lonely = Team(first.interrupts, 0, 2, distributed.HashStore())
+    monkeypatch.setattr(team_module, "LEAVE_SECONDS", 0.1)
+    lonely.leave()
 
 
 def test_alone_there_is_no_launcher_to_ask(monkeypatch):
