@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -79,7 +80,7 @@ class _Archive:
                 raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 shape, dtype = _header(file)
-        except (zipfile.BadZipFile, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise ValueError(f"{path} holds no labelled images: {error}; expected {ACCEPTED}") from None
         if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
             raise ValueError(f"{path}: arr_0 has shape {shape} and dtype {dtype}; it must be (n, H, W, C), uint8")
@@ -101,7 +102,7 @@ class _Archive:
                 try:
                     pixels = file.read(int(np.prod(shape)))
                     images = np.frombuffer(pixels, np.uint8).reshape(shape)
-                except (zipfile.BadZipFile, EOFError, ValueError) as error:
+                except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
                     raise ValueError(f"{self.path} is damaged after {start} images: {error}") from None
                 if self.resize is not None:
                     images = np.stack([_square(image, self.resize) for image in images])

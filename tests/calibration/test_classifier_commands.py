@@ -185,6 +185,8 @@ def spoil(folder, how):
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
+    elif how == "nothing":
+        data.write_bytes(b"")
     elif how == "one array":
         np.savez(data, PIXELS)
     elif how == "floats":
@@ -215,6 +217,7 @@ def spoil(folder, how):
     [
         ("cut", "images.npz holds no labelled images: .*; expected an .npz file with uint8"),
         ("damaged", "images.npz is damaged"),
+        ("nothing", "images.npz holds no labelled images: No data left in file; expected"),
         ("one array", "holds no labelled images: it holds arr_0; expected"),
         ("floats", r"arr_0 has shape \(30, 32, 32, 3\) and dtype float64; it must be \(n, H, W, C\), uint8"),
         ("labels", r"arr_1 has shape \(29,\) and dtype int64; it must be \(30,\), integers"),
