@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from calguide_fast.generation.interrupts import Interrupts
+from calguide_fast.generation.interrupts import Interrupts, at_once
 
 Item = TypeVar("Item")
 
@@ -44,10 +44,17 @@ class Team:
 
     @classmethod
     def from_environment(cls, interrupts: Interrupts) -> Team:
-        """The team that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as ``torchrun`` sets them."""
+        """The team that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as ``torchrun`` sets them.
+
+        Raises ConnectionError where its processes do not find each other.
+        """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls(interrupts)
-        store, rank, size = next(distributed.rendezvous("env://"))
+        try:
+            with at_once():
+                store, rank, size = next(distributed.rendezvous("env://"))
+        except distributed.DistError as error:
+            raise ConnectionError(f"the processes of this run did not find each other: {error}") from error
         return cls(interrupts, rank, size, distributed.PrefixStore("calguide_fast", store))
 
     def part(self, name: str) -> Team:
