@@ -333,6 +333,7 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
         (["--max-guidance", "0.1"], "max_guidance=0.1 has no effect with rule='score', whose strength is scale"),
         (["--rule", "edm", "--scale", "1"], "scale=1.0 has no effect with rule='edm', whose strength is max_guidance"),
         (["--churn", "3"], "churn=3.0 needs --method heun"),
+        (["--eta", "0.5"], "eta=0.5 needs --method ddim"),
         (["--sigma-max", "30"], "sigma-max=30.0 needs --method heun or dpmpp"),
         (["--method", "heun", "--s-noise", "1.1"], "s-noise=1.1 is of the churn, which is 0: give --churn"),
         (["--method", "heun", "--sigma-max", "300"], "sigma_range=.*must rise, and lie within the model's range"),
