@@ -86,7 +86,8 @@ def evaluate(
 
     Warns:
         UserWarning: no more images than features, which leaves covariances singular and Fréchet distances far above
-            what they would be of many; or another Inception than the published one.
+            what they would be of many; another Inception than the published one; or statistics of ADM's evaluator that
+            are compared with samples as pytorch-fid sees them.
 
     Raises:
         FileNotFoundError, TypeError, ValueError, ImportError: unusable arguments, files or features; too few images for
@@ -115,7 +116,8 @@ def evaluate(
     if of_images and against.images is not None:
         real = Measured(against.images, extractor, of_images, batch_size, device, "reference" if progress else None)
 
-    doubts = [*_doubts_of(extractor), *_doubts_of_counts("samples", fake), *_doubts_of_counts("reference", real)]
+    doubts = [*_doubts_of(extractor), *_doubts_of_protocol(extractor, against, wanted)]
+    doubts += [*_doubts_of_counts("samples", fake), *_doubts_of_counts("reference", real)]
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
     return Evaluation(
@@ -195,6 +197,18 @@ def _doubts_of(extractor: Extractor) -> list[str]:
     return [
         f"these are not Inception's published weights, whose SHA-256 begins with {PUBLISHED_HASH}: no figure compares "
         "with a published one"
+    ]
+
+
+def _doubts_of_protocol(extractor: Extractor, against: Reference, metrics: Sequence[str]) -> list[str]:
+    # of all that write statistics, ADM's evaluator alone has those of sFID
+    if not isinstance(extractor, Inception) or extractor.protocol == "adm" or against.sfid is None:
+        return []
+    return [
+        f"{name}: samples as {extractor.protocol} sees them are compared with the statistics in the reference's file, "
+        "which are of ADM's evaluator: the distance holds the difference of the two protocols"
+        for name in FRECHET
+        if name in metrics and against.statistics(name) is not None
     ]
 
 

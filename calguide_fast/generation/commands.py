@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +19,7 @@ from calguide_fast.generation.job import Job
 from calguide_fast.generation.outputs import write_outputs
 from calguide_fast.generation.progress import Progress
 from calguide_fast.generation.run import sample_missing
-from calguide_fast.generation.settings import Settings, settings_hash
+from calguide_fast.generation.settings import Settings, differences, settings_hash
 from calguide_fast.generation.shards import DamagedShard, Shards
 from calguide_fast.generation.team import Team
 from calguide_fast.generation.together import say, together
@@ -55,7 +56,7 @@ def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HO
 
     plan = job.plan
     devices = team.gather("device", describe(device))
-    settings = team.from_first("settings", job.settings)
+    settings = agreed_settings(job, team)
     shards = Shards(out, settings_hash(settings), team.rank)
     missing = team.from_first("missing", lambda: _missing(job, out, resume, settings, shards, devices))
     see_folder(out, settings, team.check)
@@ -70,6 +71,19 @@ def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HO
     except (OSError, DamagedShard):
         say(f"batches that are done are kept; {how_to_go_on}")
         raise
+
+
+def agreed_settings(job: Job, team: Team) -> Settings:
+    """The settings of all the team's processes.
+
+    Raises ValueError where this one has others than rank 0: it was started with other options, or reads other
+    checkpoints by the same names, as from its own machine's disk.
+    """
+    own = json.loads(json.dumps(job.settings()))
+    settings = team.from_first("settings", lambda: own)
+    if found := differences(settings, own):
+        raise ValueError("this process has other settings than rank 0, which is there:\n  " + "\n  ".join(found))
+    return settings
 
 
 def _missing(job: Job, out: Path, resume: bool, settings: Settings, shards: Shards, devices: list[str]) -> list[int]:

@@ -136,6 +136,8 @@ def _softplus_beta(options: argparse.Namespace) -> float | None:
 
 def _check_solver(options: argparse.Namespace) -> None:
     """Refuse what the method, or a churn of 0, would leave without effect. `FDivSampler` checks the values."""
+    if options.eta and options.method != "ddim":
+        raise ValueError(f"eta={options.eta} needs --method ddim")
     changed = [name for name in SOLVER if getattr(options, name) != LATER[name]]
     for name in changed:
         methods, flag = SOLVER[name], name.replace("_", "-")

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from calguide_fast.generation.interrupts import Interrupts
+from calguide_fast.generation.interrupts import Interrupts, at_once
 
 Item = TypeVar("Item")
 
 POLL_SECONDS = 0.05
+LEAVE_SECONDS = 60.0  # until nobody is waited for any more
 
 
 class TeammateFailed(RuntimeError):
@@ -43,10 +44,17 @@ class Team:
 
     @classmethod
     def from_environment(cls, interrupts: Interrupts) -> Team:
-        """The team that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as ``torchrun`` sets them."""
+        """The team that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as ``torchrun`` sets them.
+
+        Raises ConnectionError where its processes do not find each other.
+        """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls(interrupts)
-        store, rank, size = next(distributed.rendezvous("env://"))
+        try:
+            with at_once():
+                store, rank, size = next(distributed.rendezvous("env://"))
+        except distributed.DistError as error:
+            raise ConnectionError(f"the processes of this run did not find each other: {error}") from error
         return cls(interrupts, rank, size, distributed.PrefixStore("calguide_fast", store))
 
     def part(self, name: str) -> Team:
@@ -79,6 +87,17 @@ class Team:
         """Wait until a shared count is reached."""
         while self._store.add(name, 0) < count:
             self._pause()
+
+    def leave(self) -> None:
+        """Say that this process needs the team no more; rank 0, which may keep the store, waits until all have.
+
+        Not for ever: one may have died with its work done.
+        """
+        left = self._shared.add("left", 1)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.rank == 0 and left < self.size and time.monotonic() < deadline:
+            self._pause()
+            left = self._shared.add("left", 0)
 
     def fail(self, reason: str) -> None:
         """Tell the others to stop."""

@@ -29,6 +29,7 @@ def together(work: Callable[[Team], object], preset: str, how_to_go_on: str) -> 
             # networks as small as the digits' are quickest, and the same in every process, on one thread
             with one_thread() if preset == DIGITS else nullcontext():
                 work(team)
+            team.leave()
         except Interrupted as stop:
             team.fail(str(stop))
             if team.rank == 0:

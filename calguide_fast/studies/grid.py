@@ -67,8 +67,12 @@ def _texts(name: str, text: str | None) -> list[str]:
 
 
 def _numbers(name: str, text: str | None) -> list[float]:
-    values = _texts(name, text)
+    texts = _texts(name, text)
     try:
-        return [float(value) for value in values]
+        values = [float(value) for value in texts]
     except ValueError:
         raise ValueError(f"{name}={text!r} must be numbers with commas between them, like 0.5,1,2") from None
+    # 1 and 1.0 are one
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name}={text!r} must be different values with commas between them")
+    return values

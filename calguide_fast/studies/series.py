@@ -56,6 +56,9 @@ def run_series(
     Raises:
         Interrupted, TeammateFailed, OSError, ValueError, TypeError, ImportError: as ``sample`` and `Measure`.
     """
+    names = [point.name for point in points]
+    if names != team.from_first("points", lambda: names):
+        raise ValueError("this process has other points than rank 0: give all processes the same options")
     if team.rank == 0:
         measure.check()
     rows: list[dict[str, Any]] = []

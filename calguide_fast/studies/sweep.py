@@ -36,8 +36,9 @@ Sample with every divergence, alpha and epsilon at every scale, with the same se
 images, and measure each: Frechet distance, class accuracy, precision and recall.
 
 The options are those of `sample`, of which those of the grid take several values. Each point is a folder as
-`sample` makes it. Killed, the same command goes on; with other values it adds points, and keeps what is there. Under
-torchrun the processes share each point's batches. In parentheses: what holds unless an option is given.
+`sample` makes it. Killed, the same command goes on; with other values it adds points, and keeps the folders that are
+there, while results.json holds the points of the last command. Under torchrun the processes share each point's batches.
+In parentheses: what holds unless an option is given.
 """
 EPILOG = f"""\
 {RECIPES_EPILOG}

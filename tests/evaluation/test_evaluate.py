@@ -21,6 +21,7 @@ from calguide_fast.evaluation import (
     inception_score,
     precision_recall,
 )
+from calguide_fast.evaluation.inception import PUBLISHED_HASH, Inception
 from calguide_fast.samples import Samples
 
 SAMPLES = np.random.RandomState(0).randint(0, 200, (70, 6, 5, 3), dtype=np.uint8)
@@ -81,6 +82,32 @@ def test_statistics_in_a_file_come_before_its_images(tmp_path):
     }
     assert found.metrics == pytest.approx(EXPECTED | expected, rel=1e-9)
     assert found.statistics_from == {"fid": "file", "sfid": "file"} and found.reference_images == 50
+
+
+class Seen(Inception):
+    """Under Inception's name, without its network."""
+
+    def __init__(self, protocol: str) -> None:
+        self.protocol, self.sha256, self.name = protocol, PUBLISHED_HASH, "seen"
+
+    def __call__(self, images):
+        return small_extractors.complete(images)
+
+
+@pytest.mark.filterwarnings("ignore:s?fid. samples as pytorch-fid")
+def test_statistics_of_another_protocol_are_doubted(tmp_path):
+    # as ADM's evaluator writes them, and as pytorch-fid does
+    np.savez(tmp_path / "adm.npz", REFERENCE, **statistics(REAL))
+    np.savez(tmp_path / "fid.npz", **{name: table for name, table in statistics(REAL).items() if "_s" not in name})
+    for protocol, reference, doubted in (
+        ("pytorch-fid", tmp_path / "adm.npz", ["fid", "sfid"]),
+        ("pytorch-fid", tmp_path / "fid.npz", []),
+        ("pytorch-fid", REFERENCE, []),
+        ("adm", tmp_path / "adm.npz", []),
+    ):
+        found = evaluate(SAMPLES, reference, features=Seen(protocol), device="cpu", progress=False)
+        assert [doubt.partition(":")[0] for doubt in found.warnings] == doubted
+        assert all("samples as pytorch-fid sees them" in doubt for doubt in found.warnings)
 
 
 def test_statistics_alone_leave_neighbours_out(tmp_path):

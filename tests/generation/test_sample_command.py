@@ -20,7 +20,10 @@ from torch import distributed
 from calguide_fast import FDivSampler, Guidance
 from calguide_fast.cli import main
 from calguide_fast.demo.checkpoints import load_guide, load_unet
-from calguide_fast.generation import commands, folder, networks
+from calguide_fast.generation import commands, folder, job, networks
+from calguide_fast.generation.interrupts import Interrupts
+from calguide_fast.generation.job import Job
+from calguide_fast.generation.options import options_of
 from calguide_fast.generation.shards import Shards
 from calguide_fast.generation.team import Team
 from calguide_fast.guidance import SETTINGS
@@ -325,10 +328,12 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
         (["--softplus-beta", "-1"], "softplus-beta=-1.0 must be finite and at least 0"),
         (["--grid", "-1"], "grid must be a number of images, 0 or more, got -1"),
         (["--device", "cuda"], "PyTorch sees no GPU here"),
+        (["--device", "abacus"], "device='abacus' is no device of PyTorch's"),
         (["--rule", "edm", "--method", "ddim"], "rule='edm' belongs to method='heun'"),
         (["--max-guidance", "0.1"], "max_guidance=0.1 has no effect with rule='score', whose strength is scale"),
         (["--rule", "edm", "--scale", "1"], "scale=1.0 has no effect with rule='edm', whose strength is max_guidance"),
         (["--churn", "3"], "churn=3.0 needs --method heun"),
+        (["--eta", "0.5"], "eta=0.5 needs --method ddim"),
         (["--sigma-max", "30"], "sigma-max=30.0 needs --method heun or dpmpp"),
         (["--method", "heun", "--s-noise", "1.1"], "s-noise=1.1 is of the churn, which is 0: give --churn"),
         (["--method", "heun", "--sigma-max", "300"], "sigma_range=.*must rise, and lie within the model's range"),
@@ -436,6 +441,22 @@ def test_a_folder_that_is_not_shared_is_noticed(finished, tmp_path, monkeypatch)
         with pytest.raises(ValueError, match="is not the folder that rank 0 opened"):
             folder.see_folder(other, found, lambda: checks.append(None))
     assert len(checks) >= 2
+
+
+@pytest.mark.parametrize("difference", [{"scale": 3.0}, {"batch_size": 2}, {}], ids=["option", "batch", "file"])
+def test_processes_with_other_settings_do_not_share_a_run(difference, tmp_path, monkeypatch):
+    store = distributed.HashStore()
+    first, second = (Team(Interrupts(pytest.fail), rank, 2, store) for rank in range(2))
+    settings = commands.agreed_settings(Job.of(options_of("digits", tmp_path, {})), first)
+    assert settings == commands.agreed_settings(Job.of(options_of("digits", tmp_path, {})), second)
+    if not difference:
+        # the same options, and another file on this machine's disk
+        monkeypatch.setattr(job, "file_hash", lambda path: "0" * 64)
+    name = next(iter(difference), "sha256.unet")
+    with pytest.raises(
+        ValueError, match=rf"other settings than rank 0, which is there:\n  (guidance\.)?{name}: .* here"
+    ):
+        commands.agreed_settings(Job.of(options_of("digits", tmp_path, difference)), second)
 
 
 def test_help_states_what_was_published(capsys):

@@ -195,6 +195,7 @@ def test_other_measures_need_no_samples(swept, sampled, monkeypatch):
     [
         (["--scale", "1,x"], r"scale='1,x' must be numbers with commas"),
         (["--alpha", "1,1"], r"alpha='1,1' must be different values"),
+        (["--scale", "1,1.0"], r"scale='1,1.0' must be different values"),
         (["--divergence", "jss"], r"divergence='?jss"),
         (["--recipe", "unguided"], "nothing to sweep"),
         (["--max-guidance", "0.1"], "max_guidance='0.1' has no effect with rule='score', whose strength is scale"),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 from torch import distributed
 
+from calguide_fast.generation import team as team_module
 from calguide_fast.generation.interrupts import Interrupted, Interrupts
 from calguide_fast.generation.team import Team, TeammateFailed
 
@@ -65,6 +70,59 @@ def test_who_waits_hears_of_a_signal():
         # the second acts as ever
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_rank_0_leaves_last(pair, monkeypatch):
+    """Its process may keep the store, which the others have still to hear from."""
+    first, second = pair
+    waits = iter([lambda: None, second.leave])
+    monkeypatch.setattr(first, "_pause", lambda: next(waits)())
+    first.leave()
+    assert next(waits, None) is None
+    # who died is not waited for until the end of time
+    lonely = Team(first.interrupts, 0, 2, distributed.HashStore())
+    monkeypatch.setattr(team_module, "LEAVE_SECONDS", 0.1)
+    lonely.leave()
+
+
+COMES = """
+from calguide_fast.generation.interrupts import Interrupts
+from calguide_fast.generation.team import Team
+with Interrupts(print) as interrupts:
+    Team.from_environment(interrupts)
+"""
+
+
+def test_who_waits_for_the_others_to_come_can_be_stopped():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, "-c", COMES], env={**os.environ, **alone})
+    try:
+        deadline = time.monotonic() + 60
+        while not listens(port):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT
+    finally:
+        process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as knocking:
+        return knocking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_processes_that_do_not_find_each_other_are_one_line(monkeypatch):
+    def lost(_):
+        raise distributed.DistStoreError("Timed out")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "rendezvous", lost)
+    with pytest.raises(ConnectionError, match="did not find each other: Timed out"):
+        Team.from_environment(Interrupts(print))
 
 
 def test_alone_there_is_no_launcher_to_ask(monkeypatch):
