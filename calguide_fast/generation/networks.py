@@ -11,7 +11,7 @@ from torch import nn
 from calguide_fast import models
 from calguide_fast.demo import checkpoints as digits
 from calguide_fast.generation.presets import DIGITS
-from calguide_fast.models.specs import load_classifier, load_unet
+from calguide_fast.models.specs import existing_file, load_classifier, load_unet
 
 GUIDES = (digits.GUIDE, digits.OVERCONFIDENT)
 
@@ -34,14 +34,17 @@ class Sources(NamedTuple):
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """The checkpoints by what they are; of several classifiers the second is ``classifier_2``."""
-        found = {"unet": self.unet}
+        """The checkpoints by what they are; of several classifiers the second is ``classifier_2``.
+
+        Raises FileNotFoundError where one is not there.
+        """
+        found = {"unet": existing_file(self.unet)}
         for number, classifier in enumerate(self.classifiers, 1):
             name = "classifier" if number == 1 else f"classifier_{number}"
             if self.preset == DIGITS:
                 found[name] = digits.ASSETS / f"{classifier}.safetensors"
             else:
-                found[name] = Path(classifier.partition(":")[2]).expanduser()
+                found[name] = existing_file(classifier.partition(":")[2])
         return found
 
     @property

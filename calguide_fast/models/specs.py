@@ -51,7 +51,7 @@ def load_classifier(spec: str, softplus_beta: float | None = None) -> LoadedClas
         raise ValueError(f"classifier={spec!r} must be NAME:PATH, with NAME one of {', '.join(CLASSIFIERS)}")
     if name in PRESETS and softplus_beta is not None:
         raise ValueError(f"softplus_beta={softplus_beta} is for ResNets, which have ReLUs to replace; {name} has none")
-    state = read_state(_existing(path))
+    state = read_state(existing_file(path))
     # meta: parameters are not drawn at random only to be replaced
     with torch.device("meta"):
         if name in PRESETS:
@@ -76,10 +76,11 @@ def load_unet(preset: str, path: str | os.PathLike[str]) -> UNet:
     """
     with torch.device("meta"):
         module = adm_unet(preset)
-    return _with_weights(module, preset, read_state(_existing(path)), path)
+    return _with_weights(module, preset, read_state(existing_file(path)), path)
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def existing_file(path: str | os.PathLike[str]) -> Path:
+    """A checkpoint's path. Raises FileNotFoundError, with advice, where there is no such file."""
     found = Path(path).expanduser()
     if not found.is_file():
         raise FileNotFoundError(

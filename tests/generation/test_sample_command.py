@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,6 +458,15 @@ def test_processes_with_other_settings_do_not_share_a_run(difference, tmp_path, 
         ValueError, match=rf"other settings than rank 0, which is there:\n  (guidance\.)?{name}: .* here"
     ):
         commands.agreed_settings(Job.of(options_of("digits", tmp_path, difference)), second)
+
+
+def test_a_missing_checkpoint_is_advised_on_before_it_is_hashed(tmp_path):
+    """As in a sweep, which needs the hash to know what is sampled already."""
+    (tmp_path / "unet.pt").touch()
+    for unet, classifier, missing in (("no.pt", "a.pth", "no.pt"), (tmp_path / "unet.pt", "a.pth", "a.pth")):
+        options = options_of("imagenet128", tmp_path, {"unet": Path(unet), "classifier": [f"resnet50:{classifier}"]})
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint at {missing}: nothing is downloaded here"):
+            Job.of(options).settings()
 
 
 def test_help_states_what_was_published(capsys):
