@@ -168,8 +168,13 @@ def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) 
     if options.json is None:
         print(text)
     else:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            # what may have taken hours to measure is not lost with the file
+            print(text)
+            raise SystemExit(f"calguide-fast: {error}") from None
     return 0
 
 

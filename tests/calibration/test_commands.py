@@ -59,6 +59,12 @@ def test_reliability_writes_json_and_a_picture(logits_file, tmp_path, capsys):
     check_picture(out)
 
 
+def test_figures_are_not_lost_with_a_file_that_cannot_be_written(logits_file, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="calguide-fast: .*Is a directory"):
+        main(["reliability", str(logits_file), "--json", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["samples"] == 600
+
+
 def test_calibrate_by_temperature(logits_file, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the demo extra")
     held_out = tmp_path / "test.npz"
