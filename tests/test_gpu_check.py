@@ -181,7 +181,7 @@ def test_all_of_it_with_parts_that_are_stand_ins(check, tmp_path, monkeypatch, c
     assert ran == [("build", check.LIMITS["build"]), ("tests", check.LIMITS["tests"])]
     assert "may last" not in capsys.readouterr().out
     assert check.main(["--out", str(tmp_path / "whole.json")]) == 0
-    assert [name for name, _ in ran[2:]] == ["build", "tests", "triton", "sanitizer"], "the benchmarks are the CPU's"
+    assert [name for name, _ in ran[2:]] == ["build", "tests", "triton", "sanitizer"], "the benchmarks are asked for"
     assert "this may last 950 s; where a call may last 600, run --parts build,tests and" in capsys.readouterr().out
     assert check.main(["--parts", "bench", "--out", str(path), "--limit", "7"]) == 1
     assert ran[-1] == ("bench", 7.0) and "bench: FAILED" in capsys.readouterr().out

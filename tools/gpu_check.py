@@ -34,8 +34,8 @@ SOURCES = ("calguide_fast", "csrc", "tests", "tools", "setup.py", "pyproject.tom
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 
 # seconds; Triton compiles each of its kernels' variants, so that its tests stand apart
-LIMITS = {"build": 200, "tests": 200, "triton": 300, "sanitizer": 250, "bench": 90}
-# the benchmarks there are run on the CPU
+LIMITS = {"build": 200, "tests": 200, "triton": 300, "sanitizer": 250, "bench": 500}
+# the benchmarks take as long as all else, so they are asked for
 DEFAULT = ("build", "tests", "triton", "sanitizer")
 # for a command that is stopped to say what it found
 GRACE = 10
