@@ -40,7 +40,8 @@ def open_images(source: ImagesLike) -> Images:
     Raises:
         FileNotFoundError: there is no such file or folder.
         TypeError: pixels are not uint8.
-        ValueError: the file holds no such array, the folder no picture, or the array is empty or of another shape.
+        ValueError: the file holds no such array, the folder no picture, or the array is empty or of another shape; or
+            the folder is one that ``calguide-fast sample`` wrote, whose grid is no image.
     """
     if isinstance(source, np.ndarray | Tensor):
         return _Array(source)
@@ -75,6 +76,9 @@ class _Npz(Images):
 
 class _Folder(Images):
     def __init__(self, path: Path):
+        if list(path.glob("samples_*.npz")):
+            # its grid is a picture, too
+            raise ValueError(f"{path} is a run's folder: give its samples_….npz, or the png folder in it")
         self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not self._files:
             raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")

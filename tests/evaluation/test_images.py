@@ -94,6 +94,9 @@ def test_unusable_files_are_named(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match="a.png is no readable picture"):
         list(open_images(tmp_path).batches(4))
+    (tmp_path / "samples_1x8x8x1.npz").touch()
+    with pytest.raises(ValueError, match="is a run's folder: give its samples"):
+        open_images(tmp_path)
 
 
 def test_a_damaged_file_is_named(tmp_path):
