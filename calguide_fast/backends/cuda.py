@@ -43,33 +43,6 @@ def _on_its_device(kernel: Callable) -> Callable:
     return call
 
 
-def _smooth_ece(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Value and bandwidth (2,), gradient (n,) or (0,); confidences and weights fp32 or float64, correct bool.
-
-    What is not allowed, the values of a sample or weights that are all 0, makes all of them NaN.
-    """
-    confidence, correct = confidence.contiguous(), correct.contiguous()
-    weights = None if weights is None else weights.contiguous()
-    stats = confidence.new_empty(2)
-    grad = confidence.new_empty(len(confidence) if with_gradient else 0)
-    scratch = confidence.new_empty(_cuda.smooth_ece_scratch, dtype=torch.float64)
-    _cuda.smooth_ece(
-        _kernels.place(confidence),
-        confidence.data_ptr(),
-        correct.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        len(confidence),
-        confidence.dtype is torch.float64,
-        bandwidth,
-        stats.data_ptr(),
-        grad.data_ptr() if with_gradient else 0,
-        scratch.data_ptr(),
-    )
-    return stats, grad
-
-
 _kernels = NativeKernels(_cuda, _place)
 guidance_gradient = _on_its_device(_kernels.guidance_gradient)
 tilt_weights = _on_its_device(_kernels.tilt_weights)
@@ -78,7 +51,7 @@ guided_step = _on_its_device(_kernels.guided_step)
 philox_normal = _on_its_device(_kernels.philox_normal)
 top_label = _on_its_device(_kernels.top_label)
 top_label_backward = _on_its_device(_kernels.top_label_backward)
-smooth_ece = _on_its_device(_smooth_ece)
+smooth_ece = _on_its_device(_kernels.smooth_ece)
 
 
 def describe() -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calguide_fast.backends.labels import check_labels
 from calguide_fast.backends.layout import image_strides, steppable
+from calguide_fast.backends.outcomes import check_outcomes
 
 # codes of csrc/storage.h
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -116,6 +117,31 @@ class NativeKernels:
             confidence.data_ptr(), top.data_ptr(), grad.data_ptr(),
         )  # fmt: skip
         return grad
+
+    def smooth_ece(
+        self, confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Value and bandwidth (2,), gradient (n,) or (0,); confidences and weights fp32 or float64, correct bool.
+
+        A sample that is not allowed, or weights that are all 0, are a ValueError where the kernels tell of them, else
+        all results are NaN.
+        """
+        confidence, correct = confidence.contiguous(), correct.contiguous()
+        weights = None if weights is None else weights.contiguous()
+        stats = confidence.new_empty(2)
+        grad = confidence.new_empty(len(confidence) if with_gradient else 0)
+        # a GPU's launches leave each other what they find in memory that the caller sees to
+        doubles = getattr(self.native, "smooth_ece_scratch", 0)
+        scratch = confidence.new_empty(doubles, dtype=torch.float64) if doubles else None
+        allowed = self.native.smooth_ece(
+            self.place(confidence), confidence.data_ptr(), correct.data_ptr(),
+            0 if weights is None else weights.data_ptr(), len(confidence), confidence.dtype is torch.float64, bandwidth,
+            stats.data_ptr(), grad.data_ptr() if with_gradient else 0,
+            *(() if scratch is None else (scratch.data_ptr(),)),
+        )  # fmt: skip
+        if allowed is False:
+            check_outcomes(confidence, correct, weights)
+        return stats, grad
 
     def tilt_weights(self, scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
         """Weights of the images of one tilt group, (B,) fp32."""
