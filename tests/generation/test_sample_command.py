@@ -19,9 +19,9 @@ import torch
 from torch import distributed
 
 from calguide_fast import FDivSampler, Guidance
-from calguide_fast.cli import main
+from calguide_fast.cli import _parser, main
 from calguide_fast.demo.checkpoints import load_guide, load_unet
-from calguide_fast.generation import commands, folder, job, networks
+from calguide_fast.generation import commands, folder, job, networks, run, team
 from calguide_fast.generation.interrupts import Interrupts
 from calguide_fast.generation.job import Job
 from calguide_fast.generation.options import options_of
@@ -178,6 +178,22 @@ def test_two_processes_give_the_bytes_of_one(finished, tmp_path):
     assert done.returncode == 0 and done.stdout.count(NPZ) == 1, done.stderr
     assert same_bytes(finished, tmp_path / "run")
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["runs"][0]["devices"]) == 2
+
+
+def test_what_a_dead_process_had_in_hand_is_sampled_by_rank_0(finished, tmp_path, monkeypatch, capsys):
+    store = distributed.HashStore()
+    first, dead = (Team(Interrupts(pytest.fail), rank, 2, store) for rank in range(2))
+    taken = [next(dead.deal(range(BATCHES))) for _ in range(2)]
+    assert taken == [0, 1]
+    monkeypatch.setattr(team, "COME_SECONDS", 0.1)
+    monkeypatch.setattr(run, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(run, "PATIENCE_BATCHES", 0.0)
+    options = _parser().parse_args([*OPTIONS, "--out", str(tmp_path / "run")])
+    assert commands.sample(Job.of(options), options.out, False, first) == tmp_path / "run" / NPZ
+    assert same_bytes(finished, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert "no word from ranks 1" in error
+    assert all(f"batch {batch} is sampled here, too" in error for batch in taken) and "batch 2" not in error
 
 
 # the worst moment: the third shard is written, and not yet in its place
