@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from calguide_fast.calibration import files, images
 from calguide_fast.calibration.files import Predictions, read_predictions
 from calguide_fast.calibration.images import open_images
 from calguide_fast.calibration.inference import DEFAULT_LEVELS, PREPROCESSING, Classified, Inference
 from calguide_fast.calibration.predictions import top_label
+from calguide_fast.devices import usable_device
 from calguide_fast.models import PRESETS, load_classifier
 from calguide_fast.schedule import Schedule
 
@@ -87,7 +86,7 @@ class Source:
             options.preprocess,
             options.noise_levels,
             options.batch_size,
-            _device(options.device),
+            usable_device(options.device),
         )
 
     @property
@@ -119,14 +118,3 @@ class Source:
         found = self.classified(path)
         logits, labels = found.logits.flatten(0, 1), found.labels.repeat(len(found.logits))
         return Predictions(*top_label(logits, labels), logits, labels)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from calguide_fast.devices import usable_device
 from calguide_fast.evaluation._features import check_same_width
 from calguide_fast.evaluation.extractors import Extractor, extractor_name, import_extractor
 from calguide_fast.evaluation.frechet import frechet_distance_from_statistics
@@ -104,7 +105,7 @@ def evaluate(
     wanted = [name for name in METRICS if name in metrics and name not in left_out]
     _check_not_empty(wanted, left_out)
     _check_counts(wanted, images, against)
-    device = _checked_device(device)
+    device = usable_device(device)
     extractor = _extractor(inception, features, protocol, device)
 
     fake = Measured(images, extractor, wanted, batch_size, device, "samples" if progress else None)
@@ -133,17 +134,6 @@ def evaluate(
         neighbours={name: NEIGHBOURS[name] for name in wanted if name in NEIGHBOURS},
         split=SPLIT if "is" in wanted else None,
     )
-
-
-def _checked_device(device: torch.device | str | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    try:
-        found = torch.device(device or ("cuda" if has_cuda else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device of PyTorch's: {error}") from None
-    if found.type == "cuda" and not has_cuda:
-        raise ValueError(f"device={str(device)!r}, but PyTorch finds no GPU here")
-    return found
 
 
 def _missing_of_reference(metric: str, against: Reference) -> str | None:

@@ -163,7 +163,7 @@ def test_resize_cuts_the_middle_square(tmp_path):
         (["{checkpoint}", "--data", "{0}/images", "--noise-levels", "1000"], r"timesteps=\[1000\] must lie in 0..999"),
         (["{checkpoint}", "--data", "{0}/images", "--batch-size", "0"], "batch_size=0 must be positive"),
         (["{checkpoint}", "--data", "{0}/images", "--resize", "0"], "resize=0 must be a positive number"),
-        (["{checkpoint}", "--data", "{0}/images", "--device", "abacus"], "device='abacus' cannot be used"),
+        (["{checkpoint}", "--data", "{0}/images", "--device", "abacus"], "device='abacus' is no device of PyTorch's"),
         (["{checkpoint}", "--data", "{0}/images", "--save-logits", "a.pt"], "a.pt must be an .npz file"),
     ],
 )

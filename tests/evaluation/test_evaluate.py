@@ -204,7 +204,7 @@ def test_on_a_gpu(files):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 def test_a_gpu_that_is_not_there_is_missed():
-    with pytest.raises(ValueError, match="device='cuda:0', but PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match="device='cuda:0': PyTorch sees no GPU here"):
         evaluate(SAMPLES, REFERENCE, features=small_extractors.pooled, device="cuda:0")
 
 
