@@ -42,16 +42,21 @@ class Point:
 
 
 def run_series(
-    points: Sequence[Point], out: Path, measure: Measure, team: Team, report: Callable[[list[dict[str, Any]]], None]
+    points: Sequence[Point],
+    out: Path,
+    make_measure: Callable[[], Measure],
+    team: Team,
+    report: Callable[[Measure, list[dict[str, Any]]], None],
 ) -> None:
     """Do this process's share of all points, one after the other.
 
     Args:
         points: of different names.
         out: folder of the study; each point has one of its own in it, as ``sample`` makes them.
-        measure: called on rank 0, while the others wait.
+        make_measure: gives what measures; called on rank 0 alone, while the others wait, and load no judge.
         team: the processes that share each point's batches.
-        report: called on rank 0 after each point, with a row for each one so far: its columns, folder and figures.
+        report: called on rank 0 after each point, with what measures, and a row for each one so far: its
+            columns, folder and figures.
 
     Raises:
         Interrupted, TeammateFailed, OSError, ValueError, TypeError, ImportError: as ``sample`` and `Measure`.
@@ -59,7 +64,9 @@ def run_series(
     names = [point.name for point in points]
     if names != team.from_first("points", lambda: names):
         raise ValueError("this process has other points than rank 0: give all processes the same options")
+    measure = None
     if team.rank == 0:
+        measure = make_measure()
         measure.check()
     rows: list[dict[str, Any]] = []
     for number, point in enumerate(points, 1):
@@ -71,10 +78,10 @@ def run_series(
             if team.rank == 0:
                 say(f"{point.name}, point {number} of {len(points)}")
             sample(point.job, folder, True, part, HOW_TO_GO_ON)
-        if team.rank == 0:
+        if measure is not None:
             found = _figures(folder, settings, measure)
             rows.append({**point.columns, "folder": str(folder.relative_to(out)), **found["figures"]})
-            report(rows)
+            report(measure, rows)
 
 
 def _is_sampled(folder: Path, settings: Settings) -> bool:

@@ -8,18 +8,24 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 from calguide_fast.cli import main
+from calguide_fast.demo import checkpoints
 from calguide_fast.demo.experiment import Lab
 from calguide_fast.evaluation import frechet_distance, precision_recall
 from calguide_fast.generation import commands
+from calguide_fast.generation.interrupts import Interrupts
 from calguide_fast.generation.shards import Shards
+from calguide_fast.generation.team import Team
 from calguide_fast.studies import sweep
 from calguide_fast.studies.grid import grid_points
+from calguide_fast.studies.series import run_series
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -169,6 +175,19 @@ def test_a_killed_sweep_goes_on(swept, sampled, no_pictures, tmp_path, monkeypat
     # the rest of the second point, and the others whole
     assert [missing for _, missing in sampled] == [[1], *[[0, 1]] * (POINTS - 2)]
     assert results(tmp_path) == results(swept)
+
+
+def test_rank_0_alone_loads_the_judge(tmp_path, monkeypatch):
+    store, made = distributed.HashStore(), []
+    teams = [Team(Interrupts(pytest.fail), rank, 2, store) for rank in range(2)]
+    measure = SimpleNamespace(check=lambda: made.append("checked"))
+    for team in teams:
+        run_series([], tmp_path, lambda: made.append("made") or measure, team, pytest.fail)
+    assert made == ["made", "checked"]
+    # and that is where the sweep's own is made
+    monkeypatch.setattr(checkpoints, "load_judge", pytest.fail)
+    monkeypatch.setattr(sweep, "run_series", lambda *_: None)
+    assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.full
