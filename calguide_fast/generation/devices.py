@@ -1,13 +1,15 @@
-"""The device that a process samples on."""
+"""The device that a process samples on, and what it computes with there."""
 
 from __future__ import annotations
 
 import os
 import platform
 import socket
+from typing import Any
 
 import torch
 
+from calguide_fast import backends
 from calguide_fast.devices import usable_device
 
 
@@ -25,7 +27,13 @@ def own_device(name: str | None) -> torch.device:
     return device
 
 
-def describe(device: torch.device) -> str:
-    """Its machine and make, for the record."""
-    make = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{socket.gethostname()}: {device} {make}"
+def describe(device: torch.device) -> dict[str, Any]:
+    """What this process computes with, for the record: machine, device, the ops' backend and the CPU's threads."""
+    backend = backends.choose(torch.empty(0, device=device))
+    return {
+        "machine": socket.gethostname(),
+        "device": str(device),
+        "make": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "backend": backend.__name__.rpartition(".")[2],
+        "threads": torch.get_num_threads(),
+    }

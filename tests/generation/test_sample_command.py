@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,8 @@ import pytest
 import torch
 from torch import distributed
 
-from calguide_fast import FDivSampler, Guidance
+from calguide_fast import FDivSampler, Guidance, __version__, use_backend
+from calguide_fast.backends import choose
 from calguide_fast.cli import _parser, main
 from calguide_fast.demo.checkpoints import load_guide, load_unet
 from calguide_fast.generation import commands, folder, job, networks, run, team
@@ -169,15 +172,41 @@ def test_config_says_what_was_run(finished):
     assert (
         len(settings["sha256"]["unet"]) == len(settings["sha256"]["classifier"]) == len(config["settings_sha256"]) == 64
     )
-    assert run["torch"] == torch.__version__ and "cpu" in run["devices"][0] and run["python"]
+    assert run["torch"] == torch.__version__ and run["calguide_fast"] == __version__ and run["python"]
+    (process,) = run["processes"]
+    assert process["device"] == "cpu" and process["threads"] == 1 and process["make"] == platform.machine()
+    assert process["backend"] == choose(torch.zeros(1)).__name__.rpartition(".")[2]
     assert run["checkpoints"]["classifier"].endswith("guide.safetensors")
+
+
+def test_what_may_round_otherwise_is_said_and_refuses_nothing(begun, finished, capsys):
+    path = begun / "config.json"
+    config = json.loads(path.read_text())
+    with use_backend("reference"):
+        assert sample(begun, "--resume") == 0
+    assert json.loads(path.read_text())["runs"][1]["processes"][0]["backend"] == "reference"
+    backend = config["runs"][0]["processes"][0]["backend"]
+    assert f"round otherwise: backend: ['{backend}'] there, ['reference'] here\n" in capsys.readouterr().err
+    # older folders have no processes on record; None is one that was never heard
+    for spoil, said in (
+        (lambda run: run.pop("processes"), ""),
+        (lambda run: run["processes"].append(None), ""),
+        (lambda run: run["processes"][0].update(threads=4), "round otherwise: threads: [4] there, [1] here\n"),
+        (lambda run: run.update(torch="2.0"), f"round otherwise: torch: 2.0 there, {torch.__version__} here\n"),
+    ):
+        changed = copy.deepcopy(config)
+        spoil(changed["runs"][0])
+        path.write_text(json.dumps(changed))
+        assert sample(begun, "--resume") == 0
+        error = capsys.readouterr().err
+        assert said in error and ("round otherwise" in error) == bool(said)
 
 
 def test_two_processes_give_the_bytes_of_one(finished, tmp_path):
     done = launch(TORCHRUN, *OPTIONS, "--out", tmp_path / "run")
     assert done.returncode == 0 and done.stdout.count(NPZ) == 1, done.stderr
     assert same_bytes(finished, tmp_path / "run")
-    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["runs"][0]["devices"]) == 2
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["runs"][0]["processes"]) == 2
 
 
 def test_what_a_dead_process_had_in_hand_is_sampled_by_rank_0(finished, tmp_path, monkeypatch, capsys):

@@ -197,7 +197,7 @@ def test_two_processes_sweep_as_one(swept, tmp_path):
     assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "results.json")], done.stderr
     assert results(tmp_path) == results(swept)
     runs = [json.loads(path.read_text())["runs"] for path in tmp_path.glob("points/*/config.json")]
-    assert [len(run["devices"]) for (run,) in runs] == [2] * POINTS
+    assert [len(run["processes"]) for (run,) in runs] == [2] * POINTS
 
 
 def test_other_measures_need_no_samples(swept, sampled, monkeypatch):
