@@ -13,7 +13,7 @@ from calguide_fast.generation.atomic import write_bytes
 from calguide_fast.generation.commands import sample
 from calguide_fast.generation.folder import CONFIG, read_config
 from calguide_fast.generation.job import Job
-from calguide_fast.generation.settings import Settings, settings_hash
+from calguide_fast.generation.settings import Settings, differences, settings_hash
 from calguide_fast.generation.team import Team
 from calguide_fast.generation.together import say
 from calguide_fast.studies.measure import Measure
@@ -99,11 +99,13 @@ def samples_in(folder: Path, settings: Settings) -> Path | None:
 def _figures(folder: Path, settings: Settings, measure: Measure) -> dict[str, Any]:
     """What was measured of these samples in the same way before; or is now, and is written."""
     path = folder / FIGURES
-    asked = {"settings_sha256": settings_hash(settings), "measured_with": dict(measure.settings)}
+    asked: dict[str, Any] = {"settings_sha256": settings_hash(settings), "measured_with": dict(measure.settings)}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if {name: kept[name] for name in asked} == asked:
             return kept
+        if changed := differences(kept["measured_with"], asked["measured_with"]):
+            say(f"{folder.name} was measured otherwise, and is measured again: {'; '.join(changed)}")
     samples = samples_in(folder, settings)
     assert samples is not None  # written before
     found = {**asked, **measure(samples)}

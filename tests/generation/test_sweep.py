@@ -200,13 +200,17 @@ def test_two_processes_sweep_as_one(swept, tmp_path):
     assert [len(run["processes"]) for (run,) in runs] == [2] * POINTS
 
 
-def test_other_measures_need_no_samples(swept, sampled, monkeypatch):
+def test_other_measures_need_no_samples(swept, sampled, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "write_sweep", lambda *_: None)
     (path,) = swept.glob("points/none-s0.2-*/figures.json")
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "measured_with": {}, "figures": {}}))
+    # as features were whose code has changed since
+    other = {**kept["measured_with"], "source_sha256": "0ld"}
+    path.write_text(json.dumps({**kept, "measured_with": other, "figures": {}}))
     assert main([*OPTIONS, "--divergence", "none", "--scale", "0.2", "--out", str(swept)]) == 0
     assert json.loads(path.read_text()) == kept and sampled == []
+    said = f"{path.parent.name} was measured otherwise, and is measured again: source_sha256: 0ld there, None here"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
