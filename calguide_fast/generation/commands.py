@@ -57,7 +57,7 @@ def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HO
     plan = job.plan
     processes = team.gather("process", describe(device))
     if team.silent:
-        say(f"no word from ranks {', '.join(map(str, sorted(team.silent)))}: going on without, unless they still come")
+        say(f"no word from rank {', '.join(map(str, sorted(team.silent)))}: going on without, unless they still come")
     settings = agreed_settings(job, team)
     shards = Shards(out, settings_hash(settings), team.rank)
     missing = team.from_first("missing", lambda: _missing(job, out, resume, settings, shards, processes))

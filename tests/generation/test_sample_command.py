@@ -221,7 +221,7 @@ def test_what_a_dead_process_had_in_hand_is_sampled_by_rank_0(finished, tmp_path
     assert commands.sample(Job.of(options), options.out, False, first) == tmp_path / "run" / NPZ
     assert same_bytes(finished, tmp_path / "run")
     error = capsys.readouterr().err
-    assert "no word from ranks 1" in error
+    assert "no word from rank 1:" in error
     assert all(f"batch {batch} is sampled here, too" in error for batch in taken) and "batch 2" not in error
 
 
