@@ -74,7 +74,8 @@ class Schedule:
 
     def timesteps_at(self, sigmas: np.ndarray) -> np.ndarray:
         """Fractional timesteps of noise levels in EDM's units, interpolated in log σ; the ends' beyond the range."""
-        return np.interp(np.log(sigmas), np.log(self.sigmas), np.arange(self.num_timesteps))
+        logs, wanted = (torch.from_numpy(np.log(levels)) for levels in (self.sigmas, sigmas))
+        return fractional_index(logs, wanted).numpy()
 
     def respaced(self, steps: str | int) -> Timeline:
         """Keep some of the timesteps, in OpenAI's notation; β is recomputed from the kept ᾱ.
@@ -88,6 +89,18 @@ class Schedule:
         """
         kept = np.array(spaced_timesteps(self.num_timesteps, steps))
         return Timeline(kept, self.alphas_cumprod[kept])
+
+
+def fractional_index(table: Tensor, x: Tensor) -> Tensor:
+    """Where x lies in a (T,) table that rises: the index there, linear between two entries; the ends' beyond them.
+
+    In the precision of the two, on their device, which is not waited for.
+    """
+    if len(table) == 1:
+        return torch.zeros_like(x)
+    below = (torch.searchsorted(table, x, right=True) - 1).clamp(0, len(table) - 2)
+    low, high = table[below], table[below + 1]
+    return below + ((x - low) / (high - low)).clamp(0, 1)
 
 
 def spaced_timesteps(num_timesteps: int, steps: str | int) -> list[int]:

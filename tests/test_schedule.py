@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calguide_fast.ops.coefficients import ROW_LENGTH, Coefficient
-from calguide_fast.schedule import Schedule, spaced_timesteps
+from calguide_fast.schedule import Schedule, fractional_index, spaced_timesteps
 
 
 def betas_of(schedule: Schedule) -> np.ndarray:
@@ -189,3 +189,17 @@ def test_wrong_variance():
 def test_schedules_compare_by_identity():
     assert Schedule.linear() != Schedule.linear()
     assert len({Schedule.linear(), Schedule.linear()}) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_place_between_two_entries(length, dtype):
+    table = torch.tensor([-2.0, 0.5, 0.75, 3.0, 3.5, 8.0, 64.0], dtype=dtype)[:length]
+    x = torch.tensor([-math.inf, -3, -2, -1, 0.5, 0.7, 3, 3.4, 7.9, 8, 30, 64, 65, math.inf], dtype=dtype)
+    found = fractional_index(table, x)
+    assert found.dtype == dtype
+    assert found.numpy() == pytest.approx(np.interp(x, table, np.arange(length)), abs=1e-6)
+    # the entries' own are exact, so that whole timesteps stay whole
+    assert fractional_index(table, table).tolist() == list(range(length))
+    if length > 1:
+        assert fractional_index(table, torch.tensor(math.nan, dtype=dtype)).isnan()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from calguide_fast.calibration import files, images
 from calguide_fast.calibration.files import Predictions, read_predictions
 from calguide_fast.calibration.images import open_images
 from calguide_fast.calibration.inference import DEFAULT_LEVELS, PREPROCESSING, Classified, Inference
 from calguide_fast.calibration.predictions import top_label
+from calguide_fast.devices import usable_device
 from calguide_fast.models import PRESETS, load_classifier
 from calguide_fast.schedule import Schedule
 
@@ -32,8 +31,8 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--preprocess",
         choices=PREPROCESSING,
-        default=PREPROCESSING[0],
-        help="pixels in [-1, 1], which guidance shows it, or torchvision's mean and standard deviation (%(default)s)",
+        help=f"pixels in [-1, 1], which guidance shows it, or torchvision's mean and standard deviation "
+        f"({Inference.preprocess})",
     )
     source.add_argument(
         "--resize",
@@ -41,7 +40,7 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="shorter side to N pixels, then the middle square (ADM classifiers: their own size; ResNets: no change)",
     )
-    source.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (%(default)s)")
+    source.add_argument("--batch-size", type=int, metavar="N", help=f"images at a time ({Inference.batch_size})")
     source.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU where there is one)")
     source.add_argument(
         "--softplus-beta", type=float, metavar="B", help="a ResNet's ReLUs become Softplus(B), as for guidance"
@@ -58,7 +57,8 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--save-logits", type=Path, metavar="NPZ", help="keep logits and labels, to be read as a FILE")
 
 
-_OF_CLASSIFIER = ("data", "resize", "device", "softplus_beta", "noise_levels", "save_logits")
+_OF_INFERENCE = ("preprocess", "batch_size")
+_OF_CLASSIFIER = ("data", *_OF_INFERENCE, "resize", "device", "softplus_beta", "noise_levels", "save_logits")
 
 
 class Source:
@@ -82,12 +82,12 @@ class Source:
             raise ValueError("--classifier goes with --data DATA, and with no FILE of predictions")
         if options.save_logits is not None and options.save_logits.suffix != ".npz":
             raise ValueError(f"--save-logits {options.save_logits} must be an .npz file")
+        given = {name: value for name in _OF_INFERENCE if (value := getattr(options, name)) is not None}
         self.inference = Inference(
             load_classifier(options.classifier, options.softplus_beta),
-            options.preprocess,
-            options.noise_levels,
-            options.batch_size,
-            _device(options.device),
+            timesteps=options.noise_levels,
+            device=usable_device(options.device),
+            **given,
         )
 
     @property
@@ -119,14 +119,3 @@ class Source:
         found = self.classified(path)
         logits, labels = found.logits.flatten(0, 1), found.labels.repeat(len(found.logits))
         return Predictions(*top_label(logits, labels), logits, labels)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device

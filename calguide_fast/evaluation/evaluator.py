@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from calguide_fast.devices import usable_device
 from calguide_fast.evaluation._features import check_same_width
-from calguide_fast.evaluation.extractors import Extractor, extractor_name, import_extractor
+from calguide_fast.evaluation.extractors import Extractor, extractor_name, import_extractor, source_sha256
 from calguide_fast.evaluation.frechet import frechet_distance_from_statistics
 from calguide_fast.evaluation.images import Images, ImagesLike, open_images
 from calguide_fast.evaluation.inception import PUBLISHED_AT, PUBLISHED_HASH, Inception
@@ -31,6 +32,7 @@ class Evaluation:
         protocol: how Inception saw the images; None for other features.
         extractor: the network of the features.
         weights_sha256: of Inception's file; None for other features.
+        source_sha256: of the file that holds the code of other features, as :func:`source_sha256` has it.
         samples: images that were measured.
         reference_images: images that the network saw of the reference; None where its statistics were all it took.
         statistics_from: where the reference's statistics of each Fréchet distance come from, "file" or "images".
@@ -44,6 +46,7 @@ class Evaluation:
     protocol: str | None
     extractor: str
     weights_sha256: str | None
+    source_sha256: str | None
     samples: int
     reference_images: int | None
     statistics_from: dict[str, str]
@@ -104,8 +107,9 @@ def evaluate(
     wanted = [name for name in METRICS if name in metrics and name not in left_out]
     _check_not_empty(wanted, left_out)
     _check_counts(wanted, images, against)
-    device = _checked_device(device)
+    device = usable_device(device)
     extractor = _extractor(inception, features, protocol, device)
+    source = source_sha256(extractor)
 
     fake = Measured(images, extractor, wanted, batch_size, device, "samples" if progress else None)
     left_out |= fake.missing
@@ -127,23 +131,13 @@ def evaluate(
         protocol=extractor.protocol if isinstance(extractor, Inception) else None,
         extractor=extractor_name(extractor),
         weights_sha256=extractor.sha256 if isinstance(extractor, Inception) else None,
+        source_sha256=source,
         samples=fake.count,
         reference_images=None if real is None else real.count,
         statistics_from={name: "images" if name in of_images else "file" for name in wanted if name in FRECHET},
         neighbours={name: NEIGHBOURS[name] for name in wanted if name in NEIGHBOURS},
         split=SPLIT if "is" in wanted else None,
     )
-
-
-def _checked_device(device: torch.device | str | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    try:
-        found = torch.device(device or ("cuda" if has_cuda else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device of PyTorch's: {error}") from None
-    if found.type == "cuda" and not has_cuda:
-        raise ValueError(f"device={str(device)!r}, but PyTorch finds no GPU here")
-    return found
 
 
 def _missing_of_reference(metric: str, against: Reference) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,10 +48,33 @@ def import_extractor(name: str) -> Extractor:
 
 def extractor_name(extractor: Extractor) -> str:
     """What the extractor calls itself, or where its function or class is: ``module:name``."""
-    if isinstance(name := getattr(extractor, "name", None), str):
+    if (name := _own_name(extractor)) is not None:
         return name
-    named = extractor if hasattr(extractor, "__qualname__") else type(extractor)
-    return f"{named.__module__}:{named.__qualname__}"
+    definition = _definition(extractor)
+    return f"{definition.__module__}:{definition.__qualname__}"
+
+
+def source_sha256(extractor: Extractor) -> str | None:
+    """The SHA-256 of the file that holds the extractor's function or class, so that changed code is seen to be other.
+
+    What that file imports and the weights that it loads are not looked at. None for what says by a name of its own
+    what it is, and where there is no file, as of what was typed in.
+    """
+    if _own_name(extractor) is not None:
+        return None
+    try:
+        file = inspect.getsourcefile(_definition(extractor))
+    except TypeError:
+        return None  # it is no Python's
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file is not None and Path(file).is_file() else None
+
+
+def _own_name(extractor: Extractor) -> str | None:
+    return name if isinstance(name := getattr(extractor, "name", None), str) else None
+
+
+def _definition(extractor: Extractor) -> Any:
+    return extractor if hasattr(extractor, "__qualname__") else type(extractor)
 
 
 def extract(extractor: Extractor, images: Tensor) -> ImageFeatures:

@@ -55,10 +55,12 @@ def sample(job: Job, out: Path, resume: bool, team: Team, how_to_go_on: str = HO
     sampler.sample([], seeds=[], progress=False, **job.process)
 
     plan = job.plan
-    devices = team.gather("device", describe(device))
+    processes = team.gather("process", describe(device))
+    if team.silent:
+        say(f"no word from rank {', '.join(map(str, sorted(team.silent)))}: going on without, unless they still come")
     settings = agreed_settings(job, team)
     shards = Shards(out, settings_hash(settings), team.rank)
-    missing = team.from_first("missing", lambda: _missing(job, out, resume, settings, shards, devices))
+    missing = team.from_first("missing", lambda: _missing(job, out, resume, settings, shards, processes))
     see_folder(out, settings, team.check)
 
     done = len(plan) - sum(len(plan.seeds[plan.images(batch)]) for batch in missing)
@@ -86,7 +88,9 @@ def agreed_settings(job: Job, team: Team) -> Settings:
     return settings
 
 
-def _missing(job: Job, out: Path, resume: bool, settings: Settings, shards: Shards, devices: list[str]) -> list[int]:
+def _missing(
+    job: Job, out: Path, resume: bool, settings: Settings, shards: Shards, processes: list[dict[str, Any] | None]
+) -> list[int]:
     """Rank 0 opens the folder, and finds the batches that are to be sampled."""
     this_run: dict[str, Any] = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -94,7 +98,7 @@ def _missing(job: Job, out: Path, resume: bool, settings: Settings, shards: Shar
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "devices": devices,
+        "processes": processes,
         "checkpoints": {name: str(path) for name, path in job.sources.files.items()},
         "cuda_graph": job.options.cuda_graph,
     }

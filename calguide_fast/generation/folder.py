@@ -14,7 +14,9 @@ from calguide_fast.generation.settings import Settings, differences, settings_ha
 
 CONFIG = "config.json"
 SHARED_SECONDS = 30.0  # until what one machine writes is seen on another
-VERSIONS = ("calguide_fast", "torch", "numpy", "python")  # of what a run is made with
+# what a run is made with, and each of its processes; it decides no more than how sums are rounded
+VERSIONS = ("calguide_fast", "torch", "numpy", "python")
+OF_PROCESSES = ("backend", "threads")
 
 
 def open_folder(
@@ -25,9 +27,9 @@ def open_folder(
     Args:
         folder: of the run.
         settings: what must agree.
-        this_run: what config.json keeps of every run that worked in the folder, agreeing or not (versions, devices).
+        this_run: what config.json keeps of every run that worked in the folder, agreeing or not: versions, processes.
         resume: whether the folder may be of an earlier run.
-        say: told where versions are not those of the first run.
+        say: told where versions, backends or threads are not those of the first run.
 
     Raises:
         ValueError: the folder holds something and `resume` is not given; or it holds no run, or one with other
@@ -45,9 +47,8 @@ def open_folder(
         if found:
             raise ValueError(f"{folder} was begun with other settings:\n  " + "\n  ".join(found))
         runs = config["runs"]
-        changed = differences(*({name: run[name] for name in VERSIONS} for run in (runs[0], this_run)))
-        if changed:
-            say(f"{folder} was begun with other versions, which may round otherwise: {'; '.join(changed)}")
+        if changed := _changes_of_rounding(runs[0], this_run):
+            say(f"{folder} was begun with what may round otherwise: {'; '.join(changed)}")
     # what a killed run left half-written
     for partial in (*folder.glob(f"*{atomic.SUFFIX}"), *folder.glob(f"shards/*{atomic.SUFFIX}")):
         partial.unlink()
@@ -71,6 +72,16 @@ def see_folder(folder: Path, settings: Settings, check: Callable[[], None]) -> N
                 "need a file system that they share"
             )
         time.sleep(0.1)
+
+
+def _changes_of_rounding(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    tables = [{name: run[name] for name in VERSIONS} for run in (there, here)]
+    # a folder may be older than the record of processes
+    if "processes" in there:
+        for run, table in zip((there, here), tables):
+            spoken = [process for process in run["processes"] if process is not None]
+            table |= {name: sorted({process[name] for process in spoken}) for name in OF_PROCESSES}
+    return differences(*tables)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from calguide_fast.generation.plan import Plan, canonical_labels, format_integer
 from calguide_fast.generation.presets import PRESETS, RECIPES, guidance_of
 from calguide_fast.generation.settings import LATER, Settings, file_hash, without_later
 from calguide_fast.guidance import Guidance
+from calguide_fast.karras import Churn
+from calguide_fast.method_settings import check_method_settings
 from calguide_fast.ops.checks import number
 from calguide_fast.sampler import FDivSampler
 
-CHURN = ("churn", "s_tmin", "s_tmax", "s_noise")
-# options of solvers, and the methods that they have an effect with
-SOLVER = {**dict.fromkeys(CHURN, ("heun",)), **dict.fromkeys(("sigma_min", "sigma_max"), ("heun", "dpmpp"))}
+CHURN = tuple(field.name for field in fields(Churn))
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +39,12 @@ class Job:
     def of(cls, options: argparse.Namespace) -> Job:
         """What the options of ``calguide-fast sample`` ask for. Raises ValueError or TypeError for what they cannot."""
         preset = PRESETS[options.preset]
-        _check_solver(options)
+        check_method_settings(
+            options.method,
+            options.eta,
+            Churn(**{name: getattr(options, name) for name in CHURN}),
+            (options.sigma_min, options.sigma_max),
+        )
         changes = {
             field.name: value for field in fields(Guidance) if (value := getattr(options, field.name, None)) is not None
         }
@@ -114,7 +119,7 @@ class Job:
             "method": options.method,
             "steps": self.steps,
             "eta": options.eta,
-            **{name: getattr(options, name) for name in SOLVER},
+            **{name: getattr(options, name) for name in (*CHURN, "sigma_min", "sigma_max")},
             "recurrence": options.recurrence,
             "cfg_scale": options.cfg_scale,
             "null_class": self.null_class,
@@ -132,19 +137,6 @@ def _softplus_beta(options: argparse.Namespace) -> float | None:
         return number("softplus-beta", options.softplus_beta, low=0.0) or None
     noise_aware = any(classifier.partition(":")[0] in models.PRESETS for classifier in options.classifier or ())
     return None if noise_aware else RECIPES[options.recipe].softplus_beta
-
-
-def _check_solver(options: argparse.Namespace) -> None:
-    """Refuse what the method, or a churn of 0, would leave without effect. `FDivSampler` checks the values."""
-    if options.eta and options.method != "ddim":
-        raise ValueError(f"eta={options.eta} needs --method ddim")
-    changed = [name for name in SOLVER if getattr(options, name) != LATER[name]]
-    for name in changed:
-        methods, flag = SOLVER[name], name.replace("_", "-")
-        if options.method not in methods:
-            raise ValueError(f"{flag}={getattr(options, name)} needs --method {' or '.join(methods)}")
-        if name in CHURN and "churn" not in changed:
-            raise ValueError(f"{flag}={getattr(options, name)} is of the churn, which is 0: give --churn")
 
 
 def _null_class(options: argparse.Namespace) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from calguide_fast.generation.progress import Progress
 from calguide_fast.generation.shards import Shards
 from calguide_fast.generation.team import Team
 from calguide_fast.sampler import FDivSampler
+
+PATIENCE_SECONDS = 60.0  # at least, until who holds a batch is believed dead
+PATIENCE_BATCHES = 3.0  # and as many times what rank 0's slowest batch took
 
 
 def sample_missing(
@@ -25,6 +29,9 @@ def sample_missing(
 ) -> None:
     """Sample the missing batches, shared out among the team; rank 0 returns when all are there.
 
+    A process that dies without a word leaves the batch in its hands undone. Rank 0 samples it, in the end: it is the
+    same whoever does, and where the other was slow and not dead, nothing is lost but the work.
+
     `process` is what every batch gives the sampler: steps, method, recurrence.
 
     Raises:
@@ -33,14 +40,26 @@ def sample_missing(
         OSError: a shard cannot be written; it is named.
         ValueError: images that are not finite.
     """
-    for batch in team.deal(missing):
+
+    def finish(batch: int) -> None:
         team.check()
         pixels = _sample(sampler, plan, batch, process)
+        if team.is_done(batch):
+            return  # by rank 0, who took this process for dead, or by one whom rank 0 took for dead
         shards.write(batch, pixels)
-        progress.update(team.add("images", len(pixels)))
-        team.add("batches", 1)
+        if team.done(batch):
+            progress.update(team.add("images", len(pixels)))
+
+    slowest = 0.0
+    for batch in team.deal(missing):
+        start = time.monotonic()
+        finish(batch)
+        slowest = max(slowest, time.monotonic() - start)
     if team.rank == 0:
-        team.wait_for_count("batches", len(missing))
+        patience = max(PATIENCE_SECONDS, PATIENCE_BATCHES * slowest)
+        for batch in team.overdue(missing, patience):
+            progress.say(f"nobody has finished a batch for {patience:.0f} s: batch {batch} is sampled here, too")
+            finish(batch)
         progress.update(team.add("images", 0))
 
 

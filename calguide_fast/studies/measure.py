@@ -14,7 +14,7 @@ import torch
 from calguide_fast.calibration.images import open_images
 from calguide_fast.calibration.inference import Inference
 from calguide_fast.evaluation.evaluator import evaluate
-from calguide_fast.evaluation.extractors import Extractor, extractor_name, import_extractor
+from calguide_fast.evaluation.extractors import Extractor, extractor_name, import_extractor, source_sha256
 from calguide_fast.evaluation.images import ImagesLike
 from calguide_fast.evaluation.inception import Inception
 from calguide_fast.evaluation.reference import open_reference
@@ -99,10 +99,13 @@ class Measure:
     def settings(self) -> Settings:
         """All that decides the figures of given samples."""
         inception = isinstance(self.features, Path)
+        source = source_sha256(self.extractor)
         return {
             "reference": self.reference_name,
             "features": extractor_name(self.extractor),
             "weights_sha256": file_hash(self.features) if isinstance(self.features, Path) else None,
+            # of features of the user's own alone, so that others' figures need no new measurement
+            **({} if source is None else {"source_sha256": source}),
             "protocol": self.protocol if inception else None,
             "judge": None if self.judge is None else self.judge.name,
             "metrics": list(self.metrics),

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +109,19 @@ def run_reproduce(options: argparse.Namespace) -> int:
     if missing:
         raise FileNotFoundError("nothing is downloaded, and these files are missing:\n  " + "\n  ".join(missing))
 
-    measure = Measure(
-        options.reference,
-        reference_name(str(options.reference)),
-        files["inception"],
-        options.protocol,
-        metrics=METRICS,
-        batch_size=PRESETS[PRESET].batch_size if options.batch_size is None else options.batch_size,
-        device=own_device(options.device),
-    )
+    def make_measure() -> Measure:
+        return Measure(
+            options.reference,
+            reference_name(str(options.reference)),
+            files["inception"],
+            options.protocol,
+            metrics=METRICS,
+            batch_size=PRESETS[PRESET].batch_size if options.batch_size is None else options.batch_size,
+            device=own_device(options.device),
+        )
 
     def work(team: Team) -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        run_series(points, options.out, measure, team, lambda rows: write_table(options.out, points, measure, rows))
+        run_series(points, options.out, make_measure, team, partial(write_table, options.out, points))
         if team.rank == 0:
             print(options.out / "table.md")
 

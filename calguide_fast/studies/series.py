@@ -13,7 +13,7 @@ from calguide_fast.generation.atomic import write_bytes
 from calguide_fast.generation.commands import sample
 from calguide_fast.generation.folder import CONFIG, read_config
 from calguide_fast.generation.job import Job
-from calguide_fast.generation.settings import Settings, settings_hash
+from calguide_fast.generation.settings import Settings, differences, settings_hash
 from calguide_fast.generation.team import Team
 from calguide_fast.generation.together import say
 from calguide_fast.studies.measure import Measure
@@ -42,16 +42,21 @@ class Point:
 
 
 def run_series(
-    points: Sequence[Point], out: Path, measure: Measure, team: Team, report: Callable[[list[dict[str, Any]]], None]
+    points: Sequence[Point],
+    out: Path,
+    make_measure: Callable[[], Measure],
+    team: Team,
+    report: Callable[[Measure, list[dict[str, Any]]], None],
 ) -> None:
     """Do this process's share of all points, one after the other.
 
     Args:
         points: of different names.
         out: folder of the study; each point has one of its own in it, as ``sample`` makes them.
-        measure: called on rank 0, while the others wait.
+        make_measure: gives what measures; called on rank 0 alone, while the others wait, and load no judge.
         team: the processes that share each point's batches.
-        report: called on rank 0 after each point, with a row for each one so far: its columns, folder and figures.
+        report: called on rank 0 after each point, with what measures, and a row for each one so far: its
+            columns, folder and figures.
 
     Raises:
         Interrupted, TeammateFailed, OSError, ValueError, TypeError, ImportError: as ``sample`` and `Measure`.
@@ -59,7 +64,9 @@ def run_series(
     names = [point.name for point in points]
     if names != team.from_first("points", lambda: names):
         raise ValueError("this process has other points than rank 0: give all processes the same options")
+    measure = None
     if team.rank == 0:
+        measure = make_measure()
         measure.check()
     rows: list[dict[str, Any]] = []
     for number, point in enumerate(points, 1):
@@ -71,10 +78,10 @@ def run_series(
             if team.rank == 0:
                 say(f"{point.name}, point {number} of {len(points)}")
             sample(point.job, folder, True, part, HOW_TO_GO_ON)
-        if team.rank == 0:
+        if measure is not None:
             found = _figures(folder, settings, measure)
             rows.append({**point.columns, "folder": str(folder.relative_to(out)), **found["figures"]})
-            report(rows)
+            report(measure, rows)
 
 
 def _is_sampled(folder: Path, settings: Settings) -> bool:
@@ -92,11 +99,13 @@ def samples_in(folder: Path, settings: Settings) -> Path | None:
 def _figures(folder: Path, settings: Settings, measure: Measure) -> dict[str, Any]:
     """What was measured of these samples in the same way before; or is now, and is written."""
     path = folder / FIGURES
-    asked = {"settings_sha256": settings_hash(settings), "measured_with": dict(measure.settings)}
+    asked: dict[str, Any] = {"settings_sha256": settings_hash(settings), "measured_with": dict(measure.settings)}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if {name: kept[name] for name in asked} == asked:
             return kept
+        if changed := differences(kept["measured_with"], asked["measured_with"]):
+            say(f"{folder.name} was measured otherwise, and is measured again: {'; '.join(changed)}")
     samples = samples_in(folder, settings)
     assert samples is not None  # written before
     found = {**asked, **measure(samples)}

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,13 @@ def run_sweep(options: argparse.Namespace) -> int:
         ValueError, TypeError, ImportError: settings that are wrong or contradict each other; as `evaluate`.
         OSError: a file cannot be read or written; it is named.
     """
-    points, measure = grid_points(options), _measure(options)
-    if importlib.util.find_spec("matplotlib") is None:
-        say("matplotlib is not installed, so there will be no frontier.png: pip install matplotlib")
+    points = grid_points(options)
 
     def work(team: Team) -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        run_series(points, options.out, measure, team, lambda rows: write_sweep(options.out, points[0], measure, rows))
+        if team.rank == 0 and importlib.util.find_spec("matplotlib") is None:
+            say("matplotlib is not installed, so there will be no frontier.png: pip install matplotlib")
+        report = partial(write_sweep, options.out, points[0])
+        run_series(points, options.out, partial(_measure, options), team, report)
         if team.rank == 0:
             print(options.out / "results.json")
 

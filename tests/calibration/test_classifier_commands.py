@@ -155,6 +155,8 @@ def test_resize_cuts_the_middle_square(tmp_path):
         ([], "give a FILE of predictions, or --classifier NAME:PATH with --data DATA"),
         (["--data", "images"], "--data goes with --classifier NAME:PATH, which is not given"),
         (["a.csv", "--noise-levels", "3"], "--noise-levels goes with --classifier"),
+        (["a.csv", "--preprocess", "minus-one-one"], "--preprocess goes with --classifier NAME:PATH, which is not giv"),
+        (["a.csv", "--batch-size", "64"], "--batch-size goes with --classifier NAME:PATH, which is not given"),
         (["--classifier", "resnet18:{0}/weights.pt"], "--classifier goes with --data DATA, and with no FILE"),
         (["--classifier", "resnet20:a", "--data", "x"], "must be NAME:PATH, with NAME one of resnet18"),
         (["--classifier", "resnet18:{0}/none.pt", "--data", "x"], "no checkpoint at .*none.pt"),
@@ -163,7 +165,7 @@ def test_resize_cuts_the_middle_square(tmp_path):
         (["{checkpoint}", "--data", "{0}/images", "--noise-levels", "1000"], r"timesteps=\[1000\] must lie in 0..999"),
         (["{checkpoint}", "--data", "{0}/images", "--batch-size", "0"], "batch_size=0 must be positive"),
         (["{checkpoint}", "--data", "{0}/images", "--resize", "0"], "resize=0 must be a positive number"),
-        (["{checkpoint}", "--data", "{0}/images", "--device", "abacus"], "device='abacus' cannot be used"),
+        (["{checkpoint}", "--data", "{0}/images", "--device", "abacus"], "device='abacus' is no device of PyTorch's"),
         (["{checkpoint}", "--data", "{0}/images", "--save-logits", "a.pt"], "a.pt must be an .npz file"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from calguide_fast.evaluation import (
     inception_score,
     precision_recall,
 )
+from calguide_fast.evaluation.extractors import extractor_name, import_extractor, source_sha256
 from calguide_fast.evaluation.inception import PUBLISHED_HASH, Inception
 from calguide_fast.samples import Samples
 
@@ -57,6 +59,7 @@ def test_every_figure_is_that_of_its_own_function(files, batch_size):
     assert (found.samples, found.reference_images) == (70, 50)
     assert found.extractor == "small_extractors:complete"
     assert found.protocol is None and found.weights_sha256 is None and found.split == 5000
+    assert found.source_sha256 == hashlib.sha256(Path(small_extractors.__file__).read_bytes()).hexdigest()
     assert found.neighbours == {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
     assert found.statistics_from == {"fid": "images", "sfid": "images"}
 
@@ -202,9 +205,28 @@ def test_on_a_gpu(files):
     assert found.metrics == pytest.approx(EXPECTED, rel=1e-4)
 
 
+def test_changed_code_is_another_extractor(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file, found = tmp_path / "my_own_features.py", []
+    for code in ("def f(images): return images", "def f(images): return -images", "class f:\n def __call__(_, x): 0"):
+        file.write_text(code)
+        monkeypatch.delitem(sys.modules, "my_own_features", raising=False)
+        extractor = import_extractor("my_own_features:f")
+        found.append(source_sha256(extractor() if isinstance(extractor, type) else extractor))
+        assert found[-1] == hashlib.sha256(code.encode()).hexdigest()
+    assert len(set(found)) == 3
+    typed_in: dict = {}
+    exec("def f(images): return images", typed_in)
+    # nothing is known of what has no file, and what has a name of its own says itself what it is
+    assert source_sha256(typed_in["f"]) is source_sha256(len) is None
+    extractor.name = "my network, version 2"
+    assert source_sha256(extractor) is None and extractor_name(extractor) == "my network, version 2"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 def test_a_gpu_that_is_not_there_is_missed():
-    with pytest.raises(ValueError, match="device='cuda:0', but PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match="device='cuda:0': PyTorch sees no GPU here"):
         evaluate(SAMPLES, REFERENCE, features=small_extractors.pooled, device="cuda:0")
 
 

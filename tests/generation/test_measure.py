@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +83,4 @@ def test_figures_and_what_they_were_measured_with(samples, tmp_path):
     ]
     assert all(other.settings != found.settings for other in others)
     assert Measure(reference, "reference", pooled, batch_size=64).settings == found.settings
+    assert found.settings["source_sha256"] == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,10 +20,11 @@ import pytest
 import torch
 from torch import distributed
 
-from calguide_fast import FDivSampler, Guidance
-from calguide_fast.cli import main
+from calguide_fast import FDivSampler, Guidance, __version__, use_backend
+from calguide_fast.backends import choose
+from calguide_fast.cli import _parser, main
 from calguide_fast.demo.checkpoints import load_guide, load_unet
-from calguide_fast.generation import commands, folder, job, networks
+from calguide_fast.generation import commands, folder, job, networks, run, team
 from calguide_fast.generation.interrupts import Interrupts
 from calguide_fast.generation.job import Job
 from calguide_fast.generation.options import options_of
@@ -169,15 +172,57 @@ def test_config_says_what_was_run(finished):
     assert (
         len(settings["sha256"]["unet"]) == len(settings["sha256"]["classifier"]) == len(config["settings_sha256"]) == 64
     )
-    assert run["torch"] == torch.__version__ and "cpu" in run["devices"][0] and run["python"]
+    assert run["torch"] == torch.__version__ and run["calguide_fast"] == __version__ and run["python"]
+    (process,) = run["processes"]
+    assert process["device"] == "cpu" and process["threads"] == 1 and process["make"] == platform.machine()
+    assert process["backend"] == choose(torch.zeros(1)).__name__.rpartition(".")[2]
     assert run["checkpoints"]["classifier"].endswith("guide.safetensors")
+
+
+def test_what_may_round_otherwise_is_said_and_refuses_nothing(begun, finished, capsys):
+    path = begun / "config.json"
+    config = json.loads(path.read_text())
+    with use_backend("reference"):
+        assert sample(begun, "--resume") == 0
+    assert json.loads(path.read_text())["runs"][1]["processes"][0]["backend"] == "reference"
+    backend = config["runs"][0]["processes"][0]["backend"]
+    assert f"round otherwise: backend: ['{backend}'] there, ['reference'] here\n" in capsys.readouterr().err
+    # older folders have no processes on record; None is one that was never heard
+    for spoil, said in (
+        (lambda run: run.pop("processes"), ""),
+        (lambda run: run["processes"].append(None), ""),
+        (lambda run: run["processes"][0].update(threads=4), "round otherwise: threads: [4] there, [1] here\n"),
+        (lambda run: run.update(torch="2.0"), f"round otherwise: torch: 2.0 there, {torch.__version__} here\n"),
+    ):
+        changed = copy.deepcopy(config)
+        spoil(changed["runs"][0])
+        path.write_text(json.dumps(changed))
+        assert sample(begun, "--resume") == 0
+        error = capsys.readouterr().err
+        assert said in error and ("round otherwise" in error) == bool(said)
 
 
 def test_two_processes_give_the_bytes_of_one(finished, tmp_path):
     done = launch(TORCHRUN, *OPTIONS, "--out", tmp_path / "run")
     assert done.returncode == 0 and done.stdout.count(NPZ) == 1, done.stderr
     assert same_bytes(finished, tmp_path / "run")
-    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["runs"][0]["devices"]) == 2
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["runs"][0]["processes"]) == 2
+
+
+def test_what_a_dead_process_had_in_hand_is_sampled_by_rank_0(finished, tmp_path, monkeypatch, capsys):
+    store = distributed.HashStore()
+    first, dead = (Team(Interrupts(pytest.fail), rank, 2, store) for rank in range(2))
+    taken = [next(dead.deal(range(BATCHES))) for _ in range(2)]
+    assert taken == [0, 1]
+    monkeypatch.setattr(team, "COME_SECONDS", 0.1)
+    monkeypatch.setattr(run, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(run, "PATIENCE_BATCHES", 0.0)
+    options = _parser().parse_args([*OPTIONS, "--out", str(tmp_path / "run")])
+    assert commands.sample(Job.of(options), options.out, False, first) == tmp_path / "run" / NPZ
+    assert same_bytes(finished, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert "no word from rank 1:" in error
+    assert all(f"batch {batch} is sampled here, too" in error for batch in taken) and "batch 2" not in error
 
 
 # the worst moment: the third shard is written, and not yet in its place
@@ -333,10 +378,10 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
         (["--rule", "edm", "--method", "ddim"], "rule='edm' belongs to method='heun'"),
         (["--max-guidance", "0.1"], "max_guidance=0.1 has no effect with rule='score', whose strength is scale"),
         (["--rule", "edm", "--scale", "1"], "scale=1.0 has no effect with rule='edm', whose strength is max_guidance"),
-        (["--churn", "3"], "churn=3.0 needs --method heun"),
-        (["--eta", "0.5"], "eta=0.5 needs --method ddim"),
-        (["--sigma-max", "30"], "sigma-max=30.0 needs --method heun or dpmpp"),
-        (["--method", "heun", "--s-noise", "1.1"], "s-noise=1.1 is of the churn, which is 0: give --churn"),
+        (["--churn", "3"], "churn=3.0 has no effect with method='ddpm': it needs 'heun'"),
+        (["--eta", "0.5"], "eta=0.5 has no effect with method='ddpm': it needs 'ddim'"),
+        (["--sigma-max", "30"], "sigma_range=.None, 30.0. has no effect with method='ddpm': it needs"),
+        (["--method", "heun", "--s-noise", "1.1"], "s_noise=1.1 has no effect without churn, which is 0"),
         (["--method", "heun", "--sigma-max", "300"], "sigma_range=.*must rise, and lie within the model's range"),
         (["--recurrence", "2", "--method", "dpmpp"], "recurrence needs 'ddpm', 'ddim' or 'heun'"),
         (["--null-class", "10"], "null-class=10 has no use without --cfg-scale"),

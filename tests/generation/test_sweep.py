@@ -8,18 +8,24 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 from calguide_fast.cli import main
+from calguide_fast.demo import checkpoints
 from calguide_fast.demo.experiment import Lab
 from calguide_fast.evaluation import frechet_distance, precision_recall
 from calguide_fast.generation import commands
+from calguide_fast.generation.interrupts import Interrupts
 from calguide_fast.generation.shards import Shards
+from calguide_fast.generation.team import Team
 from calguide_fast.studies import sweep
 from calguide_fast.studies.grid import grid_points
+from calguide_fast.studies.series import run_series
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -171,6 +177,19 @@ def test_a_killed_sweep_goes_on(swept, sampled, no_pictures, tmp_path, monkeypat
     assert results(tmp_path) == results(swept)
 
 
+def test_rank_0_alone_loads_the_judge(tmp_path, monkeypatch):
+    store, made = distributed.HashStore(), []
+    teams = [Team(Interrupts(pytest.fail), rank, 2, store) for rank in range(2)]
+    measure = SimpleNamespace(check=lambda: made.append("checked"))
+    for team in teams:
+        run_series([], tmp_path, lambda: made.append("made") or measure, team, pytest.fail)
+    assert made == ["made", "checked"]
+    # and that is where the sweep's own is made
+    monkeypatch.setattr(checkpoints, "load_judge", pytest.fail)
+    monkeypatch.setattr(sweep, "run_series", lambda *_: None)
+    assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
+
+
 @pytest.mark.full
 def test_two_processes_sweep_as_one(swept, tmp_path):
     command = [*TORCHRUN, "calguide_fast", *OPTIONS, *GRID, "--out", str(tmp_path)]
@@ -178,16 +197,20 @@ def test_two_processes_sweep_as_one(swept, tmp_path):
     assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "results.json")], done.stderr
     assert results(tmp_path) == results(swept)
     runs = [json.loads(path.read_text())["runs"] for path in tmp_path.glob("points/*/config.json")]
-    assert [len(run["devices"]) for (run,) in runs] == [2] * POINTS
+    assert [len(run["processes"]) for (run,) in runs] == [2] * POINTS
 
 
-def test_other_measures_need_no_samples(swept, sampled, monkeypatch):
+def test_other_measures_need_no_samples(swept, sampled, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "write_sweep", lambda *_: None)
     (path,) = swept.glob("points/none-s0.2-*/figures.json")
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "measured_with": {}, "figures": {}}))
+    # as features were whose code has changed since
+    other = {**kept["measured_with"], "source_sha256": "0ld"}
+    path.write_text(json.dumps({**kept, "measured_with": other, "figures": {}}))
     assert main([*OPTIONS, "--divergence", "none", "--scale", "0.2", "--out", str(swept)]) == 0
     assert json.loads(path.read_text()) == kept and sampled == []
+    said = f"{path.parent.name} was measured otherwise, and is measured again: source_sha256: 0ld there, None here"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ def test_what_rank_0_finds_is_known_to_all(pair):
     )
     assert second.gather("device", "b") == [] and first.gather("device", "a") == ["a", "b"]
     assert first.add("images", 3) == 3 and second.add("images", 2) == 5
-    first.wait_for_count("images", 5)
 
 
 def test_parts_share_failures_alone(pair):
@@ -50,11 +49,38 @@ def test_parts_share_failures_alone(pair):
             team.check()
 
 
+def test_what_a_silent_process_had_in_hand_comes_forth(pair, monkeypatch):
+    first, second = pair
+    dealt = [team.deal("abcdef") for team in pair]
+    in_hand = [next(dealt[1]) for _ in "ab"]
+    for item in dealt[0]:
+        assert first.done(item)
+    assert in_hand == ["a", "b"] and not first.is_done("a") and first.is_done("f")
+    # as long as somebody finishes something in time, nobody is believed dead
+    waits = iter([lambda: None, lambda: second.done("a"), lambda: time.sleep(0.3), lambda: None])
+    monkeypatch.setattr(first, "_pause", lambda: next(waits)())
+    overdue = first.overdue("abcdef", 0.2)
+    assert next(overdue) == "b" and len(list(waits)) == 1
+    assert first.done("b") and not second.done("b")  # who comes to life again is late
+    monkeypatch.setattr(first, "_pause", lambda: None)
+    assert list(overdue) == [] == list(first.overdue("abcdef", 60.0))
+
+
+def test_a_process_that_never_speaks_is_waited_for_once(pair, monkeypatch):
+    first, second = pair
+    monkeypatch.setattr(team_module, "COME_SECONDS", 0.1)
+    assert first.gather("device", "a") == ["a", None] and first.silent == {1}
+    monkeypatch.setattr(team_module, "COME_SECONDS", 600.0)
+    part, other = (team.part("2") for team in pair)
+    assert part.gather("device", "a") == ["a", None]
+    assert other.gather("device", "b") == [] and part.gather("device", "a") == ["a", "b"] and first.silent == set()
+
+
 def test_who_waits_hears_of_a_failure(pair):
     first, second = pair
     second.check()
     first.fail("No space left on device: 'a.npy'")
-    for wait in (second.check, lambda: second.from_first("x", int), lambda: second.wait_for_count("images", 1)):
+    for wait in (second.check, lambda: second.from_first("x", int), lambda: next(second.overdue("a", 60.0))):
         with pytest.raises(TeammateFailed, match="^rank 0: No space left on device: 'a.npy'$"):
             wait()
 
@@ -65,7 +91,7 @@ def test_who_waits_hears_of_a_signal():
         team = Team(interrupts)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted, match="SIGINT") as stop:
-            team.wait_for_count("images", 1)
+            next(team.overdue("a", 60.0))
         assert stop.value.status == 130 and len(said) == 1
         # the second acts as ever
         with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calguide_fast.schedule import Schedule
+from calguide_fast.schedule import Schedule, fractional_index
 
 
 class NoiseLevels:
@@ -48,10 +48,7 @@ class NoiseLevels:
     def timestep(self, sigma: Tensor) -> Tensor:
         """(B,) float32 t of noise levels (B,); beyond the schedule's range its nearer end."""
         _, logs = self._table(sigma.device)
-        wanted = sigma.float().log()
-        below = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, self._last - 1)
-        low, high = logs[below], logs[below + 1]
-        return below + ((wanted - low) / (high - low)).clamp(0, 1)
+        return fractional_index(logs, sigma.float().log())
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:

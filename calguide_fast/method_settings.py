@@ -1,0 +1,36 @@
+"""Settings that some methods of sampling have and others would leave without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from calguide_fast.karras import Churn
+
+
+def check_method_settings(method: str, eta: float, churn: Churn, sigma_range: Sequence[float | None]) -> None:
+    """Refuse what was asked for and would do nothing.
+
+    Args:
+        method: of sampling.
+        eta: η of DDIM; 0 asks for nothing.
+        churn: EDM's stochasticity; its defaults ask for nothing.
+        sigma_range: the lowest and the highest noise level; None asks for nothing.
+
+    Raises:
+        ValueError: a setting that the method, or a churn of 0, leaves without effect.
+    """
+    default = asdict(Churn())
+    changed = {name: value for name, value in asdict(churn).items() if value != default[name]}
+    asked: list[tuple[str, object, tuple[str, ...]]] = [(name, value, ("heun",)) for name, value in changed.items()]
+    if eta:
+        asked.append(("eta", eta, ("ddim",)))
+    if any(end is not None for end in sigma_range):
+        asked.append(("sigma_range", tuple(sigma_range), ("heun", "dpmpp")))
+    for name, value, methods in asked:
+        if method not in methods:
+            needed = " or ".join(map(repr, methods))
+            raise ValueError(f"{name}={value!r} has no effect with method={method!r}: it needs {needed}")
+    if changed and not churn.churn:
+        name, value = next(iter(changed.items()))
+        raise ValueError(f"{name}={value!r} has no effect without churn, which is 0")
