@@ -377,7 +377,6 @@ __attribute__((always_inline)) inline bool add_block(const Samples<Real, Weighte
     bin[j] = b;
     moments[j].take(residual, offset);
   }
-  total += total_weight(samples, count);
   if (count % 2 != 0) moments[count].take(0, 0), bin[count] = 0;
   // neighbours go to different tables, so that the second need not wait for the first
   Bin* const other_table = table + bins;
@@ -385,6 +384,7 @@ __attribute__((always_inline)) inline bool add_block(const Samples<Real, Weighte
     table[bin[j]].add(moments[j]);
     other_table[bin[j + 1]].add(moments[j + 1]);
   }
+  total += total_weight(samples, count);
   return true;
 }
 
@@ -438,17 +438,16 @@ void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threa
     allowed[part] = fill(samples.from(begin), end - begin, bins, table, totals[part]);
     share_out(table, bins, of_parts + part * nodes);
   }
-  double* const sum = of_parts;
-  to.total += totals[0], to.allowed &= allowed[0];
-  for (int64_t part = 1; part < parts; ++part) {
-    to.total += totals[part], to.allowed &= allowed[part];
-    for (int64_t j = 0; j < nodes; ++j) sum[j] += of_parts[part * nodes + j];
-  }
   const double width = 1.0 / static_cast<double>(bins);
-  for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = sum[j + 1];
-  // cosines are even about 0 and 1, and so a node beyond is the one before
-  to.weight[1] += sum[0];
-  to.weight[bins - 1] += sum[bins + 2];
+  for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = 0.0;
+  for (int64_t part = 0; part < parts; ++part) {
+    to.total += totals[part], to.allowed &= allowed[part];
+    const double* const of_part = of_parts + part * nodes;
+    for (int64_t j = 0; j <= bins; ++j) to.weight[j] += of_part[j + 1];
+    // cosines are even about 0 and 1, and so a node beyond is the one before
+    to.weight[1] += of_part[0];
+    to.weight[bins - 1] += of_part[bins + 2];
+  }
 }
 
 // grad_i = scale w_i (S(f_i) + r_i S'(f_i))
