@@ -242,6 +242,21 @@ def test_narrow_confidences(dtype, served):
     assert grad.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [1.3, 0.001])
+@pytest.mark.parametrize("n", [4097, 4160, 6000])
+def test_binned_samples_keep_their_places(n, power, dtype):
+    """Whole blocks and what is left of them; spread out, and all near 1 as a confident classifier has them."""
+    f = (torch.rand(n, dtype=torch.float64) ** power).to(dtype)
+    y, w = torch.rand(n) < f**1.3, torch.rand(n, dtype=torch.float64).to(dtype)
+    for weights in (None, w):
+        with use_backend("cpu"):
+            found = smooth_ece(f, y, weights=weights)
+        with use_backend("reference"):
+            wide = smooth_ece(f.double(), y, weights=None if weights is None else weights.double())
+        assert_near(found.value, wide.value, 1e-8)
+
+
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
 @pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
 def test_gradient_is_that_of_finite_differences(name, bandwidth, served_quickly):

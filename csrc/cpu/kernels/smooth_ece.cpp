@@ -16,7 +16,7 @@ constexpr int64_t exact_samples = 4096;
 constexpr int64_t least_bins = 2048;
 // a part of the samples fills bins of its own; how many parts there are follows from the samples alone
 constexpr int64_t samples_per_part = 1 << 18, most_parts = 16;
-constexpr int64_t samples_per_block = 128;
+constexpr int64_t samples_per_block = 64, fetch_ahead = 4 * samples_per_block;
 constexpr int64_t tables_per_part = 2;
 // below this many samples a thread costs more than it saves
 constexpr int64_t samples_per_thread = 32768;
@@ -278,8 +278,8 @@ struct Samples {
     const Real f = confidence[i];
     const int outside = f * (1 - f) >= 0 ? 0 : 1;
     if constexpr (!Weighted) return outside;
-    const double w = weight(i);
-    return outside | (w >= 0.0 ? 0 : 1) | (w - w == 0.0 ? 0 : 1);
+    const Real w = weights[i];
+    return outside | (w >= 0 ? 0 : 1) | (w - w == 0 ? 0 : 1);
   }
 };
 
@@ -304,100 +304,163 @@ void take_each(const Samples<Real, Weighted>& samples, Sources& to) {
   }
 }
 
-// no wider than the machine's registers: what is wider is taken apart, ten times slower
-#if defined(__AVX__)
-typedef double Lanes __attribute__((vector_size(32)));
-#else
-typedef double Lanes __attribute__((vector_size(16)));
-#endif
+// A sample's residual r at an offset d from the centre of its bin, as r, rd, rd^2 and rd^3.
+template <class Real>
+struct Moments;
 
-// of a bin's four nearest nodes
-struct Shares {
-  static constexpr int vectors = 32 / sizeof(Lanes);
-  Lanes lanes[vectors];
+template <>
+struct Moments<float> {
+  float of[4];
 
-  double of(int node) const { return lanes[node * vectors / 4][node % (4 / vectors)]; }
+  // one by one, as a loop that copies them whole is no loop of vectors
+  __attribute__((always_inline)) void take(float r, float d) {
+    of[0] = r;
+    of[1] = r * d;
+    of[2] = r * (d * d);
+    of[3] = r * d * (d * d);
+  }
+  double operator[](int power) const { return of[power]; }
 };
 
-__attribute__((always_inline)) inline void add_sample(Shares& shares, double residual, double offset,
-                                                      const Shares (&c)[4]) {
-  for (int v = 0; v < Shares::vectors; ++v) {
-    shares.lanes[v] +=
-        residual * (((c[3].lanes[v] * offset + c[2].lanes[v]) * offset + c[1].lanes[v]) * offset + c[0].lanes[v]);
+// multiplied out only as they are added: to bring four vectors of doubles into the samples' order costs more
+template <>
+struct Moments<double> {
+  double r, d;
+
+  __attribute__((always_inline)) void take(double residual, double offset) { r = residual, d = offset; }
+  double operator[](int power) const { return (power % 2 == 0 ? r : r * d) * (power < 2 ? 1.0 : d * d); }
+};
+
+// The sums of a bin's moments.
+struct alignas(4 * sizeof(double)) Bin {
+  double of[4];
+
+  double operator[](int power) const { return of[power]; }
+  template <class Terms>
+  __attribute__((always_inline)) void add(const Terms& terms) {
+    // read whole before any is written, which makes one vector of them
+    double sum[4];
+    for (int power = 0; power < 4; ++power) sum[power] = of[power] + terms[power];
+    for (int power = 0; power < 4; ++power) of[power] = sum[power];
   }
+};
+
+template <class Real, bool Weighted>
+double total_weight(const Samples<Real, Weighted>& samples, int64_t count) {
+  if constexpr (!Weighted) return static_cast<double>(count);
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += samples.weight(i);
+  return sum;
 }
 
-// Adds a part of the samples to its two tables of (bins) shares.
+// Adds up to a block of samples to two tables of (bins); false, with nothing added, if one is not allowed.
 template <class Real, bool Weighted>
-void fill_part(const Samples<Real, Weighted>& samples, int64_t begin, int64_t end, int64_t bins, Shares* table,
-               double& total, bool& allowed) {
-  Shares* const other_table = table + bins;
-  Shares coefficients[4];
-  memcpy(coefficients, share_coefficients, sizeof coefficients);
-  const double scale = static_cast<double>(bins);
-  const int last_bin = static_cast<int>(bins - 1);
-  for (int64_t first = begin; first < end; first += samples_per_block) {
-    const int64_t length = first + samples_per_block < end ? samples_per_block : end - first;
-    alignas(64) double residual[samples_per_block], offset[samples_per_block];
-    alignas(64) int bin[samples_per_block];
-    const Samples<Real, Weighted> block = samples.from(first);
-    int bad = 0;
+__attribute__((always_inline)) inline bool add_block(const Samples<Real, Weighted>& samples, int64_t count,
+                                                     int64_t bins, Bin* table, double& total) {
+  alignas(64) Moments<Real> moments[samples_per_block];
+  alignas(64) int bin[samples_per_block];
+  int bad = 0;
 #pragma omp simd reduction(| : bad)
-    for (int64_t j = 0; j < length; ++j) bad |= block.bad(j);
-    if (bad != 0) {
-      allowed = false;
-      return;
-    }
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < length; ++j) {
-      const double position = block.confidence[j] * scale;
-      const int whole = static_cast<int>(position), b = whole < last_bin ? whole : last_bin;
-      bin[j] = b;
-      offset[j] = position - static_cast<double>(b) - 0.5;
-      residual[j] = block.weight(j) * block.residual(j);
-      sum += block.weight(j);
-    }
-    total += sum;
-    if (length % 2 != 0) residual[length] = offset[length] = 0.0, bin[length] = 0;
-    // neighbours go to different tables, so that the second need not wait for the first
-    for (int64_t j = 0; j < length; j += 2) {
-      add_sample(table[bin[j]], residual[j], offset[j], coefficients);
-      add_sample(other_table[bin[j + 1]], residual[j + 1], offset[j + 1], coefficients);
-    }
+  for (int64_t j = 0; j < count; ++j) bad |= samples.bad(j);
+  if (bad != 0) return false;
+  const Real scale = static_cast<Real>(bins);
+  const int last_bin = static_cast<int>(bins - 1);
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    // exact, as the bins are a power of two
+    const Real position = samples.confidence[j] * scale;
+    const int whole = static_cast<int>(position), b = whole < last_bin ? whole : last_bin;
+    const Real offset = position - static_cast<Real>(b) - Real(0.5);
+    const Real weight = Weighted ? samples.weights[j] : Real(1);
+    // as a difference: where all four moments are products, GCC makes vectors of these and none across samples
+    const Real residual = weight * samples.confidence[j] - weight * static_cast<Real>(samples.correct[j]);
+    bin[j] = b;
+    moments[j].take(residual, offset);
   }
+  if (count % 2 != 0) moments[count].take(0, 0), bin[count] = 0;
+  // neighbours go to different tables, so that the second need not wait for the first
+  Bin* const other_table = table + bins;
+  for (int64_t j = 0; j < count; j += 2) {
+    table[bin[j]].add(moments[j]);
+    other_table[bin[j + 1]].add(moments[j + 1]);
+  }
+  total += total_weight(samples, count);
+  return true;
+}
+
+// Asks the memory for a block of samples.
+template <class Real, bool Weighted>
+__attribute__((always_inline)) inline void fetch_block(const Samples<Real, Weighted>& samples) {
+  constexpr int64_t reals_per_line = 64 / sizeof(Real);
+  for (int64_t j = 0; j < samples_per_block; j += reals_per_line) {
+    __builtin_prefetch(samples.confidence + j);
+    if constexpr (Weighted) __builtin_prefetch(samples.weights + j);
+  }
+  __builtin_prefetch(samples.correct);
+}
+
+// Adds samples to two tables of (bins); false if one is not allowed.
+template <class Real, bool Weighted>
+bool fill(const Samples<Real, Weighted>& samples, int64_t count, int64_t bins, Bin* table, double& total) {
+  // loops over a whole block have a length that the compiler knows
+  const int64_t whole = count - count % samples_per_block;
+  for (int64_t i = 0; i < whole; i += samples_per_block) {
+    // the additions to the tables keep the processor from looking so far ahead
+    if (i + fetch_ahead < whole) fetch_block(samples.from(i + fetch_ahead));
+    if (!add_block(samples.from(i), samples_per_block, bins, table, total)) return false;
+  }
+  return add_block(samples.from(whole), count - whole, bins, table, total);
+}
+
+// Shares two tables of (bins) out among (bins + 3) nodes, of which the first lies before 0 and the last beyond 1.
+void share_out(const Bin* table, int64_t bins, double* nodes) {
+  // what the bins so far have for the next three nodes
+  double next[3] = {0.0, 0.0, 0.0};
+  for (int64_t b = 0; b < bins; ++b) {
+    Bin sum = table[b];
+    sum.add(table[bins + b]);
+    double share[4];
+    for (int node = 0; node < 4; ++node) {
+      share[node] = 0.0;
+      for (int power = 0; power < 4; ++power) share[node] += share_coefficients[power][node] * sum[power];
+    }
+    nodes[b] = next[0] + share[0];
+    next[0] = next[1] + share[1];
+    next[1] = next[2] + share[2];
+    next[2] = share[3];
+  }
+  for (int node = 0; node < 3; ++node) nodes[bins + node] = next[node];
 }
 
 template <class Real, bool Weighted>
 void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threads, Sources& to) {
   int64_t parts = samples.count / samples_per_part;
   parts = parts < 1 ? 1 : parts < most_parts ? parts : most_parts;
-  const int64_t tables = tables_per_part * parts;
-  Buffer memory(4 * tables * bins), totals(parts);
-  Shares* const all = reinterpret_cast<Shares*>(static_cast<double*>(memory));
+  const int64_t nodes = bins + 3;
+  Buffer of_parts(nodes * parts), totals(parts);
   bool allowed[most_parts];
   const int workers = threads < parts ? threads : static_cast<int>(parts);
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
   for (int64_t part = 0; part < parts; ++part) {
-    Shares* const own = all + part * tables_per_part * bins;
-    for (int64_t b = 0; b < tables_per_part * bins; ++b) own[b] = Shares{};
-    totals[part] = 0.0, allowed[part] = true;
-    fill_part(samples, part * samples.count / parts, (part + 1) * samples.count / parts, bins, own, totals[part],
-              allowed[part]);
+    const int64_t length = 4 * tables_per_part * bins;
+    Buffer memory(length);
+    memset(memory, 0, length * sizeof(double));
+    Bin* const table = reinterpret_cast<Bin*>(static_cast<double*>(memory));
+    totals[part] = 0.0;
+    const int64_t begin = part * samples.count / parts, end = (part + 1) * samples.count / parts;
+    allowed[part] = fill(samples.from(begin), end - begin, bins, table, totals[part]);
+    share_out(table, bins, of_parts + part * nodes);
   }
-  for (int64_t part = 0; part < parts; ++part) to.total += totals[part], to.allowed &= allowed[part];
   const double width = 1.0 / static_cast<double>(bins);
   for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = 0.0;
-  for (int64_t b = 0; b < bins; ++b) {
-    Shares shares = all[b];
-    for (int64_t t = 1; t < tables; ++t) {
-      for (int v = 0; v < Shares::vectors; ++v) shares.lanes[v] += all[t * bins + b].lanes[v];
-    }
+  for (int64_t part = 0; part < parts; ++part) {
+    to.total += totals[part], to.allowed &= allowed[part];
+    const double* const of_part = of_parts + part * nodes;
+    for (int64_t j = 0; j <= bins; ++j) to.weight[j] += of_part[j + 1];
     // cosines are even about 0 and 1, and so a node beyond is the one before
-    to.weight[b > 0 ? b - 1 : 1] += shares.of(0);
-    to.weight[b] += shares.of(1);
-    to.weight[b + 1] += shares.of(2);
-    to.weight[b + 2 <= bins ? b + 2 : bins - 1] += shares.of(3);
+    to.weight[1] += of_part[0];
+    to.weight[bins - 1] += of_part[bins + 2];
   }
 }
 
