@@ -42,7 +42,7 @@ class Predictor:
     def output(self, x_t: Tensor, t: Tensor, labels: Tensor, scratch: Scratch) -> Tensor:
         """ε̂, or ε̂ and v, of a discrete process; it does not lie in x_t's memory."""
         given = scratch.cast("model input", x_t, self.dtype)
-        return apart(at_most_float32(self._conditioned(self.model, given, t, labels)), x_t)
+        return apart(at_most_float32(self._conditioned(self.model, given, t, labels, scratch)), x_t)
 
     def denoised(self, x: Tensor, level: Tensor, t: Tensor, labels: Tensor, scratch: Scratch) -> Tensor:
         """D(x; σ) without guidance, float32, x in EDM's scaling: of the denoiser, or from ε̂ of a discrete process.
@@ -55,7 +55,7 @@ class Predictor:
             scratch: where the result may lie.
         """
         if self.denoise is not None:
-            image = self._conditioned(self.denoise, x, level[Level.SIGMA].repeat(len(x)), labels)
+            image = self._conditioned(self.denoise, x, level[Level.SIGMA].repeat(len(x)), labels, scratch)
             checks.shaped("model.denoise(x, sigma)", image, x.shape)
             return apart(scratch.cast("image", image, torch.float32), x)
         x_t = torch.mul(x, level[Level.SHRINK], out=scratch.take("x_t", x))
@@ -64,16 +64,19 @@ class Predictor:
         eps = scratch.cast("eps", eps, torch.float32)
         return torch.addcmul(x, eps, level[Level.SIGMA], value=-1, out=scratch.take("image", x))
 
-    def _conditioned(self, network: Callable[..., Tensor], x: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+    def _conditioned(
+        self, network: Callable[..., Tensor], x: Tensor, level: Tensor, labels: Tensor, scratch: Scratch
+    ) -> Tensor:
         """The network's output at x and (B,) timesteps or noise levels, with classifier-free guidance if there is."""
         if not self.class_conditional:
             return network(x, level, **self.model_kwargs)
         if self.cfg_scale == 1.0 or self.null_class is None:
             return network(x, level, y=labels, **self.model_kwargs)
         null = torch.full_like(labels, self.null_class)
-        both = network(
-            x.repeat(2, *[1] * (x.ndim - 1)), level.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs
-        )
+        twice = torch.cat([x, x], out=scratch.take("twice", x, shape=(2 * len(x), *x.shape[1:])))
+        both = network(twice, level.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs)
         conditional, unconditional = both.chunk(2)
-        mixed = torch.lerp(unconditional[:, : self.channels], conditional[:, : self.channels], self.cfg_scale)
-        return torch.cat([mixed, conditional[:, self.channels :]], 1)
+        mixed, channels = scratch.take("mixed", conditional), self.channels
+        torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.cfg_scale, out=mixed[:, :channels])
+        mixed[:, channels:] = conditional[:, channels:]
+        return mixed

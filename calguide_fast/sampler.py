@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from calguide_fast.declared import denoiser_range_of, image_shape_of, num_classes_of, said, schedule_of
 from calguide_fast.diffusion_step import DiffusionStep
-from calguide_fast.draws import Draws, Noise
+from calguide_fast.draws import Draws, Noise, check_noise
 from calguide_fast.ensemble import shares
 from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance
@@ -275,7 +275,8 @@ class FDivSampler:
         batch_size = max(count, 1) if batch_size is None else batch_size
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
-        self._check_noise(noise, count, timeline, recurrence)
+        guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
+        check_noise(noise, len(timeline), (recurrence - 1) * guided, count, self.shape)
 
         images = torch.empty((count, *self.shape), dtype=torch.float32, device=self.device)
         record = Diagnostics.empty(timeline, count, self.device) if self.diagnostics else None
@@ -319,15 +320,6 @@ class FDivSampler:
             raise ValueError("method='dpmpp' builds on the step before; recurrence needs 'ddpm', 'ddim' or 'heun'")
         if recurrence > 1 and self.guidance is None:
             raise ValueError(f"recurrence={recurrence} repeats guided steps, and guidance=None has none")
-
-    def _check_noise(self, noise: Noise | None, count: int, timeline: Timeline | KarrasLevels, recurrence: int) -> None:
-        if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
-            raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
-        guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
-        expected = (1 + len(timeline) + 2 * (recurrence - 1) * guided, count, *self.shape)
-        if isinstance(noise, Tensor) and tuple(noise.shape) != expected:
-            first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
 
     def _karras_levels(self, steps: str | int, method: str) -> KarrasLevels:
         """Where a solver goes: as far as the model does, within the range asked for."""

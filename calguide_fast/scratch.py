@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,15 +29,17 @@ class Scratch:
         like: Tensor,
         dtype: torch.dtype | None = None,
         layout: torch.memory_format = torch.contiguous_format,
+        shape: Sequence[int] | None = None,
     ) -> Tensor:
-        """The buffer, of the shape and device of ``like``, and of its dtype if no other is given; any values."""
+        """The buffer, on the device of ``like``, and of its dtype and shape if no others are given; any values."""
         dtype = like.dtype if dtype is None else dtype
-        wanted = like.shape, like.device, dtype, layout
+        shape = like.shape if shape is None else torch.Size(shape)
+        wanted = shape, like.device, dtype, layout
         held = self._held.get(name)
         if held is not None and held[0] == wanted:
             return held[1]
         # not of `like`'s subclass, autograd or layout
-        made = torch.empty(like.shape, dtype=dtype, device=like.device, memory_format=layout)
+        made = torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
         if self._kept:
             self._held[name] = wanted, made
         return made

@@ -21,11 +21,11 @@ class Canned(torch.nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.answer = torch.nn.Parameter(torch.randn(IMAGES, 6, SIDE, SIDE).to(dtype), requires_grad=False)
+        self.answer = torch.nn.Parameter(torch.randn(2 * IMAGES, 6, SIDE, SIDE).to(dtype), requires_grad=False)
 
-    def forward(self, x, t):
+    def forward(self, x, t, y=None):
         assert x.dtype == self.answer.dtype
-        return self.answer.detach()
+        return self.answer.detach()[: len(x)]
 
 
 class CannedClassifier(torch.nn.Module):
@@ -75,6 +75,7 @@ CASES = {
     "ddim": ({}, {"method": "ddim"}),
     "xt": ({"classifier_input": "xt"}, {"method": "ddim"}),
     "tilted": ({"guidance": Guidance(tilt=-0.2, entropy_scaling=2.0)}, {"method": "ddpm"}),
+    "free guidance": ({"cfg_scale": 2.0, "null_class": 0, "class_conditional": True}, {"method": "ddim"}),
     "no guidance": ({"classifier": None, "num_classes": CLASSES}, {"method": "ddpm"}),
     "heun": ({}, {"method": "heun"}),
     "heun, xt": ({"classifier_input": "xt"}, {"method": "heun"}),
