@@ -83,4 +83,9 @@ class Parts:
         return self.guide.gradient(self.guidance, x, t, labels, scratch)
 
     def left(self, x0: Tensor | None, found: ImageGradient | None, weights: Tensor | None) -> Left:
-        return Left(x0, Diagnostics.of_step(found, weights) if found is not None and self.diagnostics else None)
+        if found is None or not self.diagnostics:
+            return Left(x0, None)
+        if found.gradient.device.type == "cpu":
+            # PyTorch's norm would widen a copy of its own; a GPU's reads narrow elements as they are
+            found = found._replace(gradient=self.scratch.cast("gradient", found.gradient, torch.float32))
+        return Left(x0, Diagnostics.of_step(found, weights))
