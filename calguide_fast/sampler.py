@@ -291,6 +291,7 @@ class FDivSampler:
             frozen(() if graphs is None else [member.network for member in self._members]),
         ):
             plan = _Plan(method, timeline, table.to(self.device), recurrence, kept is not None and kept.of == "x0")
+            # a recording's buffers are its own
             parts = self._parts(Scratch(kept=graphs is None))
             take_step = SolverStep(parts) if method in SOLVERS else DiffusionStep(parts)
             for start in starts:
@@ -340,14 +341,14 @@ class FDivSampler:
         elif self._members:
             guide = Classifiers(self._members, self._sees_x0, self.classifier_transform)
         predictor = Predictor(
-            self.model,
-            self._denoise,
-            self._model_dtype,
-            self.shape[0],
-            self.class_conditional,
-            self.cfg_scale,
-            self.null_class,
-            self.model_kwargs,
+            model=self.model,
+            denoise=self._denoise,
+            dtype=self._model_dtype,
+            channels=self.shape[0],
+            class_conditional=self.class_conditional,
+            cfg_scale=self.cfg_scale,
+            null_class=self.null_class,
+            model_kwargs=self.model_kwargs,
         )
         guidance = _UNGUIDED if self.guidance is None else self.guidance
         return Parts(predictor, guide, guidance, self.clip_denoised, self.diagnostics, self.group, scratch)

@@ -38,7 +38,7 @@ class Scratch:
         held = self._held.get(name)
         if held is not None and held[0] == wanted:
             return held[1]
-        # not of `like`'s subclass, autograd or layout
+        # a plain tensor, whatever subclass the other is of
         made = torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
         if self._kept:
             self._held[name] = wanted, made
