@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from aims import floor_of
 from ceiling import bandwidth
 from timing import DeviceClock, clock_of, interleaved, kernel_alone, peak_memory
 
@@ -133,7 +134,7 @@ def compare(
             rtol: for fp32 against float64; wider for narrower dtypes.
             atol: the same.
             peer_rtol: for a peer that promises less.
-            floor: the ratio should be at least this.
+            floor: the ratio should be at least this; on a CPU, what `aims` says if not given.
             ceiling: the ratio should be at most this.
             size: elements of the input, for the time of each.
             traffic: bytes that ours must read and write.
@@ -144,6 +145,8 @@ def compare(
         """
         clock = clock_of(device)
         copies = clock.copies(inputs)
+        if floor is None and device.type == "cpu":
+            floor = floor_of(group, name)
         if expected is not None:
             _check("ours", ours(*copies[0]), expected, rtol, atol)
             if same_result:
@@ -250,6 +253,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         names = max(len(info["peer"]) for _, info in rows)
         for group, info in rows:
             terminalreporter.write_line(_line(group, info, width, names))
+    pairs = [(b.group, b.extra_info) for b in session.benchmarks if "copy_us" in b.extra_info] if session else []
+    for group, info in pairs:
+        ours, copy = (one / two for one, two in (info["us"], info["copy_us"]))
+        terminalreporter.write_line(f"{group}: {ours:.2f} times as fast with two threads, a copy {copy:.2f}")
     grown = [(b.group, b.extra_info) for b in session.benchmarks if "exponent" in b.extra_info] if session else []
     for group, info in grown:
         steep = info["exponent"] is not None and info["exponent"] > info["ceiling"]

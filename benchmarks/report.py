@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import charts
+from aims import cause_of
 
 RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
@@ -101,6 +102,7 @@ def page(run: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         ("sampling", "Whole sampling", _sampling),
         ("options", "Options of the sampler", _options),
         ("parts", "Where a guided step's time goes", _parts),
+        ("threads", "Two threads", _threads),
         ("growth", "Growth", _growth),
     ):
         found = [row for row in rows if row.get("table") == key]
@@ -177,20 +179,24 @@ def _floors(rows: Sequence[Row]) -> list[str]:
     missed = [row for row in aimed if is_missed(row)]
     lines = ["## Aims", "", f"{len(aimed) - len(missed)} of {len(aimed)} ratios that were aimed at were reached.", ""]
     if missed:
+        causes = [cause_of(row["group"], row["peer"]) for row in missed]
         body = [
             [
                 f"`{row['group']}`",
                 row["peer"],
                 f"{number(row['ratio'])}×",
                 f"≥ {row['floor']:.3g}×" if row.get("floor") is not None else f"≤ {row['ceiling']:.3g}×",
+                f"*{cause.name}*" if cause is not None else "–",
             ]
-            for row in missed
+            for row, cause in zip(missed, causes)
         ]
-        lines += ["Not reached:", "", *table(["", "against", "found", "aim"], body), ""]
+        lines += ["Not reached:", "", *table(["", "against", "found", "aim", "cause"], body), ""]
+        lines += [*dict.fromkeys(f"- *{cause.name}*: {cause.text}" for cause in causes if cause is not None), ""]
     return lines
 
 
 def is_missed(row: Row) -> bool:
+    """Whether a row of a peer and ours falls short of what was aimed at."""
     if row.get("floor") is not None:
         return row["ratio"] < row["floor"]
     return row.get("ceiling") is not None and row["ratio"] > row["ceiling"]
@@ -221,13 +227,16 @@ def _options(rows: Sequence[Row]) -> list[str]:
             number(row["ours_us"] * row["per_step"] / 1e3),
             f"{row['ratio']:.2f}×",
             number(row["difference"]),
+            number(row.get("compile_s")),
         ]
         for row in rows
     ]
     note = (
-        "Ours with an option against ours without it; the largest difference in a pixel (of −1 … 1) is what it costs."
+        "Ours with an option against ours without it; the largest difference in a pixel (of −1 … 1) is what it costs. "
+        "Compiling comes before, at the first batch of a shape, and is not in the gain."
     )
-    return [note, "", *table(["", "without, ms a step", "with, ms a step", "gain", "largest difference"], body)]
+    heads = ["", "without, ms a step", "with, ms a step", "gain", "largest difference", "to compile, s"]
+    return [note, "", *table(heads, body)]
 
 
 def _parts(rows: Sequence[Row]) -> list[str]:
@@ -247,6 +256,24 @@ def _parts(rows: Sequence[Row]) -> list[str]:
         )
     heads = ["ms a step", *parts, "rest", "whole step", "eager loop's", "share of our ops"]
     note = "Each part is timed by itself, in turn with whole runs; the rest is what lies between them, and noise."
+    return [note, "", *table(heads, body)]
+
+
+def _threads(rows: Sequence[Row]) -> list[str]:
+    body = [
+        [
+            f"`{row['group'].removeprefix('threads ')}`",
+            *map(number, row["us"]),
+            *(f"{one / two:.2f}×" for one, two in (row["us"], row["copy_us"])),
+            *(number(row["bytes"] / two / 1e3) for _, two in (row["us"], row["copy_us"])),
+        ]
+        for row in rows
+    ]
+    note = (
+        "Ours with one thread and with two, timed in turn, and a copy that reads and writes as many bytes: what is "
+        "bound by memory gains what the copy does, what is bound by arithmetic up to twice."
+    )
+    heads = ["", "one thread, µs", "two, µs", "gain", "a copy's gain", "GB/s with two", "a copy's GB/s with two"]
     return [note, "", *table(heads, body)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,13 +147,43 @@ def test_options(compare, device, backend, not_measured, name: str, option: str)
     """Ours with an option against ours without: what it gains, and how far it moves the images."""
     if option in GPU_OPTIONS and device.type != "cuda":
         not_measured("sampling by CUDA graphs needs a GPU")
-    of = networks(name, device)
     settings = dict((OPTIONS | GPU_OPTIONS)[option])
     interval = settings.pop("interval", None)
-    plain = ours(of, Guidance("js", scale=of.scale), device)
+    of = networks(name, device)
     changed = ours(of, Guidance("js", scale=of.scale, interval=interval), device, **settings)
-    noise = tape(of, device)
-    difference = float((changed(noise) - plain(noise)).abs().max())
+    # other images, of less work
+    against_plain(compare, device, name, option, changed, changes_work=interval is not None)
+
+
+def test_compiled(compare, device, backend) -> None:
+    """Where Python and dispatch are most of the networks' time: compiling them takes a minute or two for each shape."""
+    name = "few digits"
+    of = networks(name, device)
+    changed, noise = ours(of, Guidance("js", scale=of.scale), device, compile=True), tape(of, device)
+    torch._dynamo.reset()
+    # nothing that an earlier run has compiled
+    with torch._inductor.config.patch(force_disable_caches=True):
+        first, second = seconds_of(lambda: changed(noise)), seconds_of(lambda: changed(noise))
+    against_plain(compare, device, name, "torch.compile", changed, changes_work=False, compile_s=first - second)
+
+
+def seconds_of(call: Callable[[], Tensor]) -> float:
+    """Of one call, until its result is there."""
+    start = time.perf_counter()
+    call().cpu()
+    return time.perf_counter() - start
+
+
+def against_plain(
+    compare: Callable[..., None],
+    device: torch.device,
+    name: str,
+    option: str,
+    changed: Callable[..., Tensor],
+    **more: Any,
+) -> None:
+    of = networks(name, device)
+    plain, noise = ours(of, Guidance("js", scale=of.scale), device), tape(of, device)
     compare(
         f"{title(name, of)}, JS, {option}",
         "without",
@@ -161,10 +192,9 @@ def test_options(compare, device, backend, not_measured, name: str, option: str)
         (),
         waits=True,
         table="options",
-        difference=difference,
-        # other images, of less work
-        changes_work=interval is not None,
+        difference=float((changed(noise) - plain(noise)).abs().max()),
         per_step=1 / of.steps,
+        **more,
     )
 
 

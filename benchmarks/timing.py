@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -144,20 +145,20 @@ class Recorder:
 
     def __init__(self, native: Any) -> None:
         self._native = native
-        self.call: Callable[[], Any] | None = None
+        self.call: partial[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._native, name)
 
         def run(*arguments: Any) -> Any:
-            self.call = lambda: function(*arguments)
+            self.call = partial(function, *arguments)
             return function(*arguments)
 
         return run
 
 
 @contextmanager
-def kernel_alone(call: Call, inputs: Inputs) -> Iterator[Callable[[], Any] | None]:
+def kernel_alone(call: Call, inputs: Inputs) -> Iterator[partial[Any] | None]:
     """The CPU's kernel that a call ends in, with the same pointers, and nothing around it; None if there is not one.
 
     While the block lasts, so does what the call returned, which the kernel writes to.

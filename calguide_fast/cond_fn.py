@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from calguide_fast.guidance import Guidance
-from calguide_fast.networks import dtype_of, layout_of
+from calguide_fast.guides import Classifiers, as_member, check_classifier_input, per_image, weights_of
 from calguide_fast.ops.step import predict_x0
-from calguide_fast.ops.tilt import tilt_weights
 from calguide_fast.schedule import Schedule
 
 
@@ -87,8 +86,7 @@ class CondFn:
             raise TypeError(f"classifier must be callable, got {type(classifier).__name__}")
         if not isinstance(guidance, Guidance):
             raise TypeError(f"guidance must be a Guidance or None, got {type(guidance).__name__}")
-        if classifier_input not in ("x0", "xt"):
-            raise ValueError(f"classifier_input={classifier_input!r} must be 'x0' or 'xt'")
+        check_classifier_input(classifier_input)
         if classifier_input == "xt" and (model is not None or classifier_transform is not None):
             raise ValueError("model and classifier_transform are for classifier_input='x0'")
         if guidance.sine_boost:
@@ -124,15 +122,17 @@ class CondFn:
         x0, self._x0 = self._x0, None
         if self.guidance.interval is not None and not self.guidance.guides_at(self._sigmas[self._timestep(t)]):
             return torch.zeros_like(x, dtype=torch.float32)
-        if self.classifier_input == "x0":
+        sees_x0 = self.classifier_input == "x0"
+        if sees_x0:
             x = self._predicted(x, t, y, model_kwargs) if x0 is None else self._clipped(x0)
-        x = x.to(dtype_of(self.classifier), memory_format=layout_of(self.classifier))
-        gradient, stats = self.guidance.image_gradient(lambda x: self._classify(x, t), x, y)
+        # looked at in each step, as its owner may convert it
+        guide = Classifiers((as_member(self.classifier),), sees_x0, self.classifier_transform)
+        found = guide.gradient(self.guidance, x, t, y)
         factor = torch.full_like(y, self.guidance.scale, dtype=torch.float32)
-        scores = None if stats is None else self.guidance.tilted(stats)
-        if scores is not None:
-            factor *= tilt_weights(scores, self.guidance.tilt, max_weight=self.guidance.tilt_max)
-        return gradient.float() * factor.view(-1, *[1] * (x.ndim - 1))
+        weights = weights_of(self.guidance, found)
+        if weights is not None:
+            factor *= weights
+        return found.gradient.float() * per_image(factor, x)
 
     def _predicted(self, x: Tensor, t: Tensor, y: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """x̂₀, by running the model once more."""
@@ -155,9 +155,3 @@ class CondFn:
         if not 0 <= index < count:
             raise ValueError(f"t={first!r} is timestep {index} of the original process; schedule has {count}")
         return index
-
-    def _classify(self, x: Tensor, t: Tensor) -> Tensor:
-        """The classifier's logits of x̂₀ or x_t."""
-        if self.classifier_input == "xt":
-            return self.classifier(x, t)
-        return self.classifier(x if self.classifier_transform is None else self.classifier_transform(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,28 @@ from calguide_fast.backends.philox import RECURRENCE_STREAM
 from calguide_fast.ops.noise import sampling_noise
 
 Noise = Tensor | Callable[[], Tensor]
+
+
+def check_noise(noise: Any, steps: int, repetitions: int, count: int, shape: tuple[int, ...]) -> None:
+    """Whether this can be the noise of a run.
+
+    Args:
+        noise: what the caller gave.
+        steps: of the run.
+        repetitions: how often a step is taken again, in all.
+        count: N.
+        shape: (C, *spatial).
+
+    Raises:
+        TypeError: neither a tensor nor a callable nor None.
+        ValueError: a tensor of another shape than (draws, N, C, *spatial).
+    """
+    if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
+        raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
+    expected = (1 + steps + 2 * repetitions, count, *shape)
+    if isinstance(noise, Tensor) and tuple(noise.shape) != expected:
+        first = "steps+1 and two for each repetition of a guided step" if repetitions else "steps+1"
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
 
 
 class Draws:

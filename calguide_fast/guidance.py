@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calguide_fast.ops import checks
 from calguide_fast.ops.guidance import GuidanceStats, Settings, gradient_and_stats, guidance_settings
+from calguide_fast.scratch import Scratch
 
 
 class ImageGradient(NamedTuple):
@@ -116,13 +117,16 @@ class Guidance:
         """Whether the noise level σ lies in the interval."""
         return self.interval is None or self.interval[0] < sigma <= self.interval[1]
 
-    def image_gradient(self, classifier: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> ImageGradient:
+    def image_gradient(
+        self, classifier: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, scratch: Scratch | None = None
+    ) -> ImageGradient:
         """The gradient of the score at ``x``, by one forward and one backward pass of the classifier.
 
         Args:
             classifier: maps x to logits (B, num_classes); differentiable.
             x: (B, C, *spatial), the classifier's input.
             labels: (B,) int64.
+            scratch: where the gradient of the logits may lie; in a tensor of its own if None.
 
         Returns:
             The gradient, of x's shape and dtype, without ``scale`` and tilt, and the scalars of each image.
@@ -133,7 +137,8 @@ class Guidance:
         checks.floating("logits", logits)
         if not logits.requires_grad:
             raise ValueError("the classifier's logits do not depend differentiably on its input: is it under no_grad?")
-        logit_grad, stats = gradient_and_stats(logits.detach(), labels, self.settings)
+        out = None if scratch is None else scratch.take("logit gradient", logits)
+        logit_grad, stats = gradient_and_stats(logits.detach(), labels, self.settings, out)
         scalars = GuidanceStats(*stats.unbind(0))
         if self.entropy_scaling is not None:
             # the backward pass is linear, so that scaling the few logits scales the image gradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,26 @@ RHO = 7.0
 # where EDM's samplers begin and end, as far as the model goes there
 SIGMA_RANGE = (0.002, 80.0)
 MOST_CHURN = math.sqrt(2) - 1
+
+
+def as_range(sigma_range: Any) -> tuple[float | None, float | None]:
+    """The ends that are asked for; None for what EDM and the model allow."""
+    if sigma_range is None:
+        return None, None
+    try:
+        low, high = (None if end is None else float(end) for end in sigma_range)
+    except (TypeError, ValueError):
+        raise ValueError(f"sigma_range={sigma_range!r} must be a pair of noise levels, the lowest first") from None
+    return low, high
+
+
+def within(low: float, high: float, asked: tuple[float | None, float | None]) -> tuple[float, float]:
+    """The noise levels to sample between: as asked, within the model's low..high; else EDM's, as far as those go."""
+    first = max(low, SIGMA_RANGE[0]) if asked[0] is None else asked[0]
+    last = min(high, SIGMA_RANGE[1]) if asked[1] is None else asked[1]
+    if asked != (None, None) and not low <= first < last <= high:
+        raise ValueError(f"sigma_range={(first, last)!r} must rise, and lie within the model's range, {low}..{high}")
+    return first, last
 
 
 class Level(IntEnum):

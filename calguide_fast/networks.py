@@ -1,4 +1,5 @@
-"""Networks as a sampler runs them: converted to another precision or layout, compiled, their parameters frozen."""
+"""Networks as a sampler runs them: converted to another precision or layout, compiled, their parameters frozen; and
+what is done to their outputs."""
 
 from __future__ import annotations
 
@@ -75,6 +76,12 @@ def _twin(module: nn.Module) -> nn.Module:
         return module
 
 
+def denoise_of(model: Any, compile: bool) -> Callable[..., Tensor] | None:
+    """An EDM denoiser's own method; compiling a module wraps its call, and nothing else."""
+    denoise = getattr(model, "denoise", None)
+    return torch.compile(denoise) if compile and callable(denoise) else denoise
+
+
 @contextmanager
 def frozen(networks: Iterable[Network]) -> Iterator[None]:
     """While it lasts, modules' parameters ask for no gradient, and their forward passes keep nothing for theirs."""
@@ -104,6 +111,16 @@ def layout_of(network: Any) -> torch.memory_format:
         if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous():
             return torch.channels_last
     return torch.contiguous_format
+
+
+def at_most_float32(tensor: Tensor) -> Tensor:
+    """What a float64 network gives, in the precision of x_t."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def apart(tensor: Tensor, x_t: Tensor) -> Tensor:
+    """The tensor, copied if it lies in x_t's memory, as where a network gives back a view of its input."""
+    return tensor.clone() if 0 <= tensor.data_ptr() - x_t.data_ptr() < x_t.nbytes else tensor
 
 
 def _floating_parameters(network: Any) -> list[Tensor]:

@@ -12,23 +12,26 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from calguide_fast import edm_rule
-from calguide_fast.draws import Draws, Noise
-from calguide_fast.ensemble import Member, mean_gradient, shares
+from calguide_fast.declared import denoiser_range_of, image_shape_of, num_classes_of, said, schedule_of
+from calguide_fast.diffusion_step import DiffusionStep
+from calguide_fast.draws import Draws, Noise, check_noise
+from calguide_fast.ensemble import shares
 from calguide_fast.graphs import Graphs
-from calguide_fast.guidance import SETTINGS, Guidance, ImageGradient
-from calguide_fast.karras import SIGMA_RANGE, Churn, KarrasLevels, Level, Solve
-from calguide_fast.networks import device_of, dtype_of, frozen, layout_of, prepared
+from calguide_fast.guidance import SETTINGS, Guidance
+from calguide_fast.guides import Classifiers, Guide, OwnGradient, as_member, check_classifier_input
+from calguide_fast.karras import Churn, KarrasLevels, as_range, within
+from calguide_fast.networks import denoise_of, device_of, dtype_of, frozen, prepared
 from calguide_fast.noise import as_seeds, draw_labels
-from calguide_fast.ops import checks
 from calguide_fast.ops.checks import check_labels, is_integer, number
 from calguide_fast.ops.coefficients import Coefficient
-from calguide_fast.ops.guidance import GuidanceStats
-from calguide_fast.ops.step import METHODS, guided_step, predict_x0
-from calguide_fast.ops.tilt import tilt_weights
+from calguide_fast.ops.step import METHODS
+from calguide_fast.predictor import Predictor
 from calguide_fast.samples import Diagnostics, Samples
 from calguide_fast.schedule import VARIANCES, Schedule, Timeline
-from calguide_fast.solvers import SOLVERS, dpmpp_, euler_, heun_
+from calguide_fast.scratch import Scratch
+from calguide_fast.solver_step import SolverStep
+from calguide_fast.solvers import SOLVERS
+from calguide_fast.steps import Inputs, Kind, Left, Parts, State
 from calguide_fast.trajectory import Trajectory
 
 Model = Callable[..., Tensor]
@@ -45,7 +48,7 @@ class Step(NamedTuple):
     images: slice  # which images of the run these are
     x_t: Tensor  # (B, C, *spatial) after the step; a buffer that is written again, so clone it to keep it. The methods
     # "heun" and "dpmpp" have x = x₀ + σ n in it
-    x0: Tensor | None  # the prediction that was classified, or is kept, if any; with cuda_graph a buffer, too
+    x0: Tensor | None  # the prediction that was classified, or is kept, if any; a buffer, too
 
 
 class _Missing:
@@ -67,7 +70,8 @@ class FDivSampler:
             ``denoise(x, sigma, **model_kwargs)``, x float32 in EDM's scaling and sigma (B,) float32, that returns the
             denoised images, and with ``sigma_min`` and ``sigma_max``.
         classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``; returns logits
-            (B, num_classes) and is differentiable. A list of several guides by the mean of their scores.
+            (B, num_classes) and is differentiable. A list of several guides by the mean of their scores. The images it
+            is given are a buffer that the next step overwrites: one that keeps them must clone them.
         guidance: a :class:`Guidance`, or None to sample without. Its fields may be given as keywords instead:
             ``FDivSampler(model, classifier, divergence="js", alpha=0.5)``.
         schedule: ``"linear"``, ``"cosine"``, a :class:`calguide_fast.schedule.Schedule` or a (T,) table of betas; if
@@ -154,27 +158,24 @@ class FDivSampler:
     ) -> None:
         self.guidance = _resolve_guidance(guidance, guidance_settings, classifier is not None or cond_fn is not None)
         self.model = model = prepared("model", model, dtype, channels_last, compile)
-        self._denoise = _denoise_of(model, compile)
+        self._denoise = denoise_of(model, compile)
         given = _as_tuple(classifier)
         networks = tuple(prepared("classifier", network, dtype, channels_last, compile) for network in given)
-        self._members = tuple(
-            Member(network, share, dtype_of(network), layout_of(network))
-            for network, share in zip(networks, shares(len(networks), classifier_weights))
-        )
+        self._members = tuple(map(as_member, networks, shares(len(networks), classifier_weights)))
         self.classifier = networks if isinstance(classifier, _LISTS) else networks[0] if networks else None
         self.cond_fn = cond_fn
         self.group = group
-        self.schedule = _schedule_of(model) if schedule is None else Schedule.of(schedule)
+        self.schedule = schedule_of(model) if schedule is None else Schedule.of(schedule)
         self.classifier_input = classifier_input
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
-        self.class_conditional = _read(class_conditional, model, "class_conditional", False)
-        self.num_classes = _num_classes(num_classes, networks, model, null_class)
-        self.shape = _image_shape(shape, model)
+        self.class_conditional = said(class_conditional, model, "class_conditional", False)
+        self.num_classes = num_classes_of(num_classes, networks, model, null_class)
+        self.shape = image_shape_of(shape, model)
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
         self.churn = Churn(churn, s_tmin, s_tmax, s_noise)
-        self.sigma_range = _as_range(sigma_range)
+        self.sigma_range = as_range(sigma_range)
         self.clip_denoised = clip_denoised
         self.classifier_transform = classifier_transform
         self.model_kwargs = dict(model_kwargs or {})
@@ -185,8 +186,7 @@ class FDivSampler:
         self._check()
 
     def _check(self) -> None:
-        if self.classifier_input not in ("x0", "xt"):
-            raise ValueError(f"classifier_input={self.classifier_input!r} must be 'x0' or 'xt'")
+        check_classifier_input(self.classifier_input)
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} must be one of {', '.join(map(repr, VARIANCES))}")
         if self._members and self.cond_fn is not None:
@@ -275,7 +275,8 @@ class FDivSampler:
         batch_size = max(count, 1) if batch_size is None else batch_size
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
-        self._check_noise(noise, count, timeline, recurrence)
+        guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
+        check_noise(noise, len(timeline), (recurrence - 1) * guided, count, self.shape)
 
         images = torch.empty((count, *self.shape), dtype=torch.float32, device=self.device)
         record = Diagnostics.empty(timeline, count, self.device) if self.diagnostics else None
@@ -290,11 +291,14 @@ class FDivSampler:
             frozen(() if graphs is None else [member.network for member in self._members]),
         ):
             plan = _Plan(method, timeline, table.to(self.device), recurrence, kept is not None and kept.of == "x0")
+            # a recording's buffers are its own
+            parts = self._parts(Scratch(kept=graphs is None))
+            take_step = SolverStep(parts) if method in SOLVERS else DiffusionStep(parts)
             for start in starts:
                 batch = slice(start, min(start + batch_size, count))
                 run = _Batch(batch, device_labels[batch], device_seeds[batch])
                 draws = Draws(noise, batch, run.seeds, self.shape, self.device)
-                for step in self._reverse(run, draws, plan, record, graphs):
+                for step in self._reverse(run, draws, plan, take_step, record, graphs):
                     bar.update()
                     if kept is not None:
                         kept.write(step.index, batch, step.x_t, step.x0)
@@ -318,32 +322,36 @@ class FDivSampler:
         if recurrence > 1 and self.guidance is None:
             raise ValueError(f"recurrence={recurrence} repeats guided steps, and guidance=None has none")
 
-    def _check_noise(self, noise: Noise | None, count: int, timeline: Timeline | KarrasLevels, recurrence: int) -> None:
-        if noise is not None and not isinstance(noise, Tensor) and not callable(noise):
-            raise TypeError(f"noise must be a tensor, a callable that returns one, or None; got {type(noise).__name__}")
-        guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
-        expected = (1 + len(timeline) + 2 * (recurrence - 1) * guided, count, *self.shape)
-        if isinstance(noise, Tensor) and tuple(noise.shape) != expected:
-            first = "steps+1" if recurrence == 1 else "steps+1 and two for each repetition of a guided step"
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be ({first}, N, C, *spatial) = {expected}")
-
     def _karras_levels(self, steps: str | int, method: str) -> KarrasLevels:
         """Where a solver goes: as far as the model does, within the range asked for."""
         if self._denoise is None:
             low, high = self.schedule.sigmas[[0, -1]].tolist()
         else:
-            denoiser: Any = self.model
-            low, high = float(denoiser.sigma_min), float(denoiser.sigma_max)
-        first, last = self.sigma_range
-        first = max(low, SIGMA_RANGE[0]) if first is None else first
-        last = min(high, SIGMA_RANGE[1]) if last is None else last
-        if self.sigma_range != (None, None) and not low <= first < last <= high:
-            raise ValueError(
-                f"sigma_range={(first, last)!r} must rise, and lie within the model's range, {low}..{high}"
-            )
+            low, high = denoiser_range_of(self.model)
+        first, last = within(low, high, self.sigma_range)
         # DPM-Solver++ has no churn: it must not evaluate the model at more noise than there is
         churn = self.churn if method == "heun" else None
         return KarrasLevels.karras(steps, first, last, self.schedule, churn)
+
+    def _parts(self, scratch: Scratch) -> Parts:
+        """What the steps of one run work with, as the settings are at present."""
+        guide: Guide | None = None
+        if self.cond_fn is not None:
+            guide = OwnGradient(self.cond_fn, self.model_kwargs)
+        elif self._members:
+            guide = Classifiers(self._members, self._sees_x0, self.classifier_transform)
+        predictor = Predictor(
+            model=self.model,
+            denoise=self._denoise,
+            dtype=self._model_dtype,
+            channels=self.shape[0],
+            class_conditional=self.class_conditional,
+            cfg_scale=self.cfg_scale,
+            null_class=self.null_class,
+            model_kwargs=self.model_kwargs,
+        )
+        guidance = _UNGUIDED if self.guidance is None else self.guidance
+        return Parts(predictor, guide, guidance, self.clip_denoised, self.diagnostics, self.group, scratch)
 
     def _borrowed_graphs(self) -> AbstractContextManager[Graphs | None]:
         if self._graphs is None:
@@ -353,7 +361,13 @@ class FDivSampler:
         return self._graphs.borrowed(self.device, [*settings, *networks, *self.model_kwargs.values()])
 
     def _reverse(
-        self, run: _Batch, draws: Draws, plan: _Plan, record: Diagnostics | None, graphs: Graphs | None
+        self,
+        run: _Batch,
+        draws: Draws,
+        plan: _Plan,
+        take_step: Callable[[Kind, State, Inputs], Left],
+        record: Diagnostics | None,
+        graphs: Graphs | None,
     ) -> Iterator[Step]:
         """The loop: from x_T to x_0, one batch."""
         method, timeline = plan.method, plan.timeline
@@ -362,7 +376,7 @@ class FDivSampler:
         if solving:
             x_t *= float(timeline.sigmas[-1])
         boosted = self.guidance is not None and self.guidance.sine_boost
-        state = _State(
+        state = State(
             x_t,
             run.labels,
             run.seeds,
@@ -372,7 +386,6 @@ class FDivSampler:
         if graphs is not None:
             state = graphs.hold(state)
         times = None if solving else plan.table[:, Coefficient.TIMESTEP].long()[:, None].repeat(1, len(x_t))
-        step = self._solver_step if solving else self._step
         timesteps, sigmas, evaluated = (
             levels.tolist() for levels in (timeline.timesteps, timeline.sigmas, timeline.evaluated)
         )
@@ -385,17 +398,17 @@ class FDivSampler:
             for remaining in reversed(range(plan.recurrence if guided else 1)):
                 noise = draws.repeat(random) if remaining else draws.step(random, inside=not solving)
                 seeded = not solving and random and noise is None
-                kind = _Kind(method, guided, seeded, corrected, plan.keep_x0)
-                inputs = _Inputs(None if times is None else times[k], plan.table[k], noise)
-                found = step(kind, state, inputs) if graphs is None else graphs.run(step, kind, inputs)
+                kind = Kind(method, guided, seeded, corrected, plan.keep_x0)
+                inputs = Inputs(None if times is None else times[k], plan.table[k], noise)
+                left = take_step(kind, state, inputs) if graphs is None else graphs.run(take_step, kind, inputs)
                 if remaining:
                     signal, deviation = timeline.renoising(k)
                     fresh = draws.repeat()
                     assert fresh is not None
                     state.x_t.mul_(signal).add_(fresh, alpha=deviation)
-            if record is not None and found.diagnostics is not None:
-                record.values[index, :, run.images] = found.diagnostics
-            yield Step(index, len(timeline), timesteps[k], sigmas[k], run.images, state.x_t, found.x0)
+            if record is not None and left.diagnostics is not None:
+                record.values[index, :, run.images] = left.diagnostics
+            yield Step(index, len(timeline), timesteps[k], sigmas[k], run.images, state.x_t, left.x0)
 
     def _guides_at(self, sigma: float) -> bool:
         return self.guidance is not None and self.guidance.guides_at(sigma)
@@ -403,165 +416,6 @@ class FDivSampler:
     def _corrects_at(self, sigma: float) -> bool:
         """Whether Heun's correction at this noise level is guided."""
         return self._guides_at(sigma) and not self._follows_edm_rule
-
-    def _step(self, kind: _Kind, state: _State, inputs: _Inputs) -> _Found:
-        """One step of DDPM or DDIM: x_t becomes x_{t−1} in place."""
-        x_t, labels = state.x_t, state.labels
-        t, coefficients, noise = inputs
-        assert t is not None
-        guidance = self.guidance if self.guidance is not None else _UNGUIDED
-        model_output = _apart(_at_most_float32(self._predict(x_t, t, labels)), x_t)
-
-        x0 = found = scores = weights = None
-        if kind.keep_x0 or kind.guided and self._sees_x0:
-            x0 = self._predict_x0(x_t, model_output, coefficients)
-        if kind.guided:
-            seen = x0 if self._sees_x0 else x_t
-            assert seen is not None
-            found = self._image_gradient(guidance, seen, t, labels)
-            scores = guidance.tilted(found.stats) if found.stats is not None else None
-            if scores is not None and self.group is not None:
-                weights, scores = self._tilt_weights(guidance, scores), None
-
-        guided_step(
-            x_t,
-            model_output,
-            coefficients,
-            _apart(found.gradient, x_t) if found is not None else None,
-            method=kind.method,
-            scale=guidance.scale,
-            weights=weights,
-            scores=scores,
-            tilt=guidance.tilt,
-            max_weight=guidance.tilt_max,
-            noise=noise,
-            seeds=state.seeds if kind.seeded else None,
-            variance_max=state.variance_max,
-            sine_boost=guidance.sine_boost,
-            clip=self.clip_denoised,
-            out=x_t,
-        )
-        if self.diagnostics and scores is not None:
-            weights = self._tilt_weights(guidance, scores)
-        return self._left(x0, found, weights)
-
-    def _solver_step(self, kind: _Kind, state: _State, inputs: _Inputs) -> _Found:
-        """One step in EDM's scaling: x becomes that of the next noise level in place."""
-        x, labels, row = state.x_t, state.labels, inputs.coefficients
-        by_rule = kind.guided and self._follows_edm_rule
-        rule = self._edm_rule(x, row, labels) if by_rule else None
-        if inputs.noise is not None:
-            x.addcmul_(inputs.noise, row[Solve.CHURN])
-        if rule is not None:
-            x += rule.image
-        here = self._denoised(x, row[:4], labels, kind.guided and not by_rule, kind)
-        if kind.method == "dpmpp":
-            assert state.denoised is not None
-            dpmpp_(x, here.image, state.denoised, row)
-        elif kind.corrected is None:
-            euler_(x, here.image, row)
-        else:
-            guided, again = kind.corrected, kind._replace(keep_x0=False)
-            heun_(x, here.image, row, lambda x: self._denoised(x, row[4:8], labels, guided, again).image)
-        guide = here if rule is None else rule
-        return self._left(here.x0, guide.found, guide.weights)
-
-    def _denoised(self, x: Tensor, level: Tensor, labels: Tensor, guided: bool, kind: _Kind) -> _Denoised:
-        """D(x; σ), moved by guidance."""
-        t = level[Level.TIMESTEP].repeat(len(x))
-        image = self._denoise_once(x, level, t, labels)
-        x0 = found = weights = None
-        if kind.keep_x0 or guided and self._sees_x0:
-            x0 = image.clamp(-1, 1) if self.clip_denoised else image
-        if guided:
-            seen = x0 if self._sees_x0 else x * level[Level.SHRINK]
-            assert self.guidance is not None and seen is not None
-            found, weights = self._weighed_gradient(self.guidance, seen, t, labels)
-            push = level[Level.PUSH] * self.guidance.scale
-            if weights is not None:
-                push = push * _per_image(weights, x)
-            image = torch.addcmul(image, found.gradient.to(image.dtype), push)
-        if self.clip_denoised and self._denoise is None:
-            image.clamp_(-1, 1)
-        return _Denoised(image, x0, found, weights)
-
-    def _denoise_once(self, x: Tensor, level: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """D(x; σ) of the model by itself, float32, of the denoiser or from the ε̂ of a discrete process."""
-        if self._denoise is not None:
-            image = self._conditioned(self._denoise, x, level[Level.SIGMA].repeat(len(x)), labels)
-            checks.shaped("model.denoise(x, sigma)", image, x.shape)
-            return _apart(image.float(), x)
-        eps = self._predict(x * level[Level.SHRINK], t, labels)[:, : self.shape[0]]
-        checks.shaped("the model's eps", eps, x.shape)
-        return torch.addcmul(x, eps.float(), level[Level.SIGMA], value=-1)
-
-    def _edm_rule(self, x: Tensor, row: Tensor, labels: Tensor) -> _Denoised:
-        """What EluCD's rule adds to x."""
-        assert self.guidance is not None
-        guidance = self.guidance
-        found, weights = self._weighed_gradient(guidance, edm_rule.classified_at(x), row[Level.TIMESTEP], labels)
-        shift = edm_rule.shift(x, found.gradient, row, guidance.max_guidance, guidance.add_factor)
-        # of scale the sign alone: a product with a half-precision gradient might be 0 or infinite
-        shift *= float(np.sign(guidance.scale))
-        return _Denoised(shift if weights is None else shift * _per_image(weights, x), None, found, weights)
-
-    def _left(self, x0: Tensor | None, found: ImageGradient | None, weights: Tensor | None) -> _Found:
-        return _Found(x0, Diagnostics.of_step(found, weights) if found is not None and self.diagnostics else None)
-
-    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self._conditioned(self.model, x_t.to(self._model_dtype), t, labels)
-
-    def _conditioned(self, network: Model, x: Tensor, level: Tensor, labels: Tensor) -> Tensor:
-        """The network's output at x and (B,) timesteps or noise levels, with classifier-free guidance if there is."""
-        if not self.class_conditional:
-            return network(x, level, **self.model_kwargs)
-        if self.cfg_scale == 1.0 or self.null_class is None:
-            return network(x, level, y=labels, **self.model_kwargs)
-        null = torch.full_like(labels, self.null_class)
-        both = network(
-            x.repeat(2, *[1] * len(self.shape)), level.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs
-        )
-        conditional, unconditional = both.chunk(2)
-        channels = self.shape[0]
-        mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.cfg_scale)
-        return torch.cat([mixed, conditional[:, channels:]], 1)
-
-    def _predict_x0(self, x_t: Tensor, model_output: Tensor, coefficients: Tensor) -> Tensor:
-        """x̂₀ as the classifier wants it; or as it is, for several that differ in that and for none."""
-        wanted = {(member.dtype, member.layout) for member in self._members} if self._sees_x0 else set()
-        dtype, layout = wanted.pop() if len(wanted) == 1 else (torch.float32, torch.contiguous_format)
-        dtype = torch.float32 if dtype == torch.float64 else dtype
-        return predict_x0(x_t, model_output, coefficients, self.clip_denoised, dtype, layout)
-
-    def _weighed_gradient(
-        self, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor
-    ) -> tuple[ImageGradient, Tensor | None]:
-        """The gradient, and the (B,) weights of a tilt if there is one."""
-        found = self._image_gradient(guidance, x, t, labels)
-        checks.shaped("gradient", found.gradient, x.shape)
-        scores = guidance.tilted(found.stats) if found.stats is not None else None
-        return found, None if scores is None else self._tilt_weights(guidance, scores)
-
-    def _tilt_weights(self, guidance: Guidance, scores: Tensor) -> Tensor:
-        return tilt_weights(scores, guidance.tilt, max_weight=guidance.tilt_max, group=self.group)
-
-    def _image_gradient(self, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
-        if self.cond_fn is not None:
-            return ImageGradient(_at_most_float32(self.cond_fn(x, t, y=labels, **self.model_kwargs)), None)
-        found = [self._gradient_of(member, guidance, x, t, labels) for member in self._members]
-        return mean_gradient(found, [member.share for member in self._members])
-
-    def _gradient_of(self, member: Member, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> ImageGradient:
-        x = x.to(member.dtype, memory_format=member.layout)
-        gradient, stats = guidance.image_gradient(lambda x: self._classify(member.network, x, t), x, labels)
-        narrowed = None if stats is None else GuidanceStats(*map(_at_most_float32, stats))
-        return ImageGradient(_at_most_float32(gradient), narrowed)
-
-    def _classify(self, classifier: Classifier, x: Tensor, t: Tensor) -> Tensor:
-        """The classifier's logits of x̂₀ or x_t."""
-        if self.classifier_input == "xt":
-            return classifier(x, t)
-        return classifier(x if self.classifier_transform is None else self.classifier_transform(x))
 
     def _wanted(self, labels: int | Sequence[int] | Tensor) -> int | Tensor:
         """How many images to draw labels for, or the labels: (N,) int64 on the CPU."""
@@ -600,50 +454,6 @@ class _Plan(NamedTuple):
     keep_x0: bool
 
 
-class _Kind(NamedTuple):
-    """In what, other than the values of tensors, one step differs from another of the same sampler."""
-
-    method: str
-    guided: bool
-    seeded: bool  # whether its noise is drawn from the seeds, inside
-    corrected: bool | None  # by Heun: guided or not; None without a correction
-    keep_x0: bool
-
-
-class _State(NamedTuple):
-    """What lasts while a batch is sampled; steps write to all but labels and seeds."""
-
-    x_t: Tensor  # (B, C, *spatial) float32
-    labels: Tensor  # (B,) int64
-    seeds: Tensor  # (B,) int64
-    variance_max: Tensor | None  # (B,) float32, with a sine boost
-    denoised: Tensor | None  # (B, C, *spatial) float32, of the step before, for DPM-Solver++
-
-
-class _Inputs(NamedTuple):
-    """What is new at each step."""
-
-    t: Tensor | None  # (B,) int64; a solver finds its own in the coefficients
-    coefficients: Tensor  # (16,) float32, or (14,) of a solver
-    noise: Tensor | None  # (B, C, *spatial) float32, where it is given
-
-
-class _Denoised(NamedTuple):
-    """A guided denoiser's result."""
-
-    image: Tensor  # (B, C, *spatial) float32
-    x0: Tensor | None  # (B, C, *spatial), what was classified or is to be kept
-    found: ImageGradient | None
-    weights: Tensor | None  # (B,) float32, of a tilt
-
-
-class _Found(NamedTuple):
-    """What a step leaves beside x_t."""
-
-    x0: Tensor | None  # (B, C, *spatial)
-    diagnostics: Tensor | None  # (4, B) float32
-
-
 def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, Any], guided: bool) -> Guidance | None:
     unknown = sorted(set(settings) - SETTINGS)
     if unknown:
@@ -667,78 +477,3 @@ def _as_tuple(classifier: Any) -> tuple[Classifier, ...]:
             raise ValueError("classifier=[] must hold at least one classifier")
         return tuple(classifier)
     return () if classifier is None else (classifier,)
-
-
-def _as_range(sigma_range: Any) -> tuple[float | None, float | None]:
-    """The ends that are asked for; None for what EDM and the model allow."""
-    if sigma_range is None:
-        return None, None
-    try:
-        low, high = (None if end is None else float(end) for end in sigma_range)
-    except (TypeError, ValueError):
-        raise ValueError(f"sigma_range={sigma_range!r} must be a pair of noise levels, the lowest first") from None
-    return low, high
-
-
-def _denoise_of(model: Any, compile: bool) -> Callable[..., Tensor] | None:
-    """An EDM denoiser's own method; compiling a module wraps its call, and nothing else."""
-    denoise = getattr(model, "denoise", None)
-    return torch.compile(denoise) if compile and denoise is not None else denoise
-
-
-def _at_most_float32(tensor: Tensor) -> Tensor:
-    """What a float64 network gives, in the precision of x_t."""
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def _per_image(weights: Tensor, x: Tensor) -> Tensor:
-    """(B,) weights that multiply images (B, C, *spatial)."""
-    return weights.view(-1, *[1] * (x.ndim - 1))
-
-
-def _apart(tensor: Tensor, x_t: Tensor) -> Tensor:
-    """The tensor, copied if it lies in x_t's memory, as where a network gives back a view of its input."""
-    return tensor.clone() if 0 <= tensor.data_ptr() - x_t.data_ptr() < x_t.nbytes else tensor
-
-
-def _read(value: Any, module: Any, name: str, default: Any) -> Any:
-    """``value`` if given, else what the module says of itself."""
-    if value is not None:
-        return value
-    said = getattr(module, name, None)
-    return default if said is None else said
-
-
-def _schedule_of(model: Any) -> Schedule:
-    said = getattr(model, "schedule", None)
-    return said if isinstance(said, Schedule) else Schedule.linear()
-
-
-def _num_classes(
-    given: int | None, classifiers: Sequence[Classifier], model: Any, null_class: int | None
-) -> int | None:
-    """How many classes there are to draw labels from, as far as anybody says."""
-    if given is not None:
-        return given
-    said = {number for network in classifiers if (number := _read(None, network, "num_classes", None)) is not None}
-    if len(said) > 1:
-        raise ValueError(f"the classifiers must have the same classes; their num_classes are {sorted(said)}")
-    if said:
-        return said.pop()
-    number = _read(None, model, "num_classes", None)
-    # a model that was trained with a null class may count it, last, among its own
-    return number - 1 if number is not None and null_class == number - 1 else number
-
-
-def _image_shape(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:
-    if shape is None:
-        channels, size = getattr(model, "in_channels", None), getattr(model, "image_size", None)
-        if channels is None or size is None:
-            raise ValueError(
-                "shape=(C, H, W) must be given: the model has no in_channels and image_size to read it off"
-            )
-        height, width = size if isinstance(size, Sequence) else (size, size)
-        shape = (channels, height, width)
-    if not all(is_integer(side) and side > 0 for side in shape) or len(shape) < 2:
-        raise ValueError(f"shape={tuple(shape)!r} must be (C, *spatial), positive integers")
-    return tuple(map(int, shape))

@@ -21,7 +21,7 @@ def euler_(x: Tensor, denoised: Tensor, row: Tensor) -> None:
     x.lerp_(denoised, row[Solve.WAY])
 
 
-def heun_(x: Tensor, denoised: Tensor, row: Tensor, denoise_next: Callable[[Tensor], Tensor]) -> None:
+def heun_(x: Tensor, denoised: Tensor, row: Tensor, denoise_next: Callable[[Tensor], Tensor], euler: Tensor) -> None:
     """Heun's step in place: Euler's, then again with the mean of the slopes at both its ends.
 
     Karras et al., arXiv 2206.00364, algorithm 2, lines 7 to 11.
@@ -31,8 +31,9 @@ def heun_(x: Tensor, denoised: Tensor, row: Tensor, denoise_next: Callable[[Tens
         denoised: D(x; σ̂).
         row: of coefficients.
         denoise_next: D(·; σ').
+        euler: a buffer of x's shape and dtype.
     """
-    euler = torch.lerp(x, denoised, row[Solve.WAY])
+    torch.lerp(x, denoised, row[Solve.WAY], out=euler)
     denoised_next = denoise_next(euler)
     # x + ½(σ' − σ̂)(d + d') is halfway to Euler's, and ½(σ' − σ̂) d' from there
     x.lerp_(euler, 0.5).addcmul_(euler.sub_(denoised_next), row[Solve.HALF_STEP])
@@ -52,5 +53,5 @@ def dpmpp_(x: Tensor, denoised: Tensor, before: Tensor, row: Tensor) -> None:
         before: D of the step before; any finite values at the first step.
         row: of coefficients.
     """
-    x.lerp_(torch.lerp(denoised, before, row[Solve.EXTRAPOLATION]), row[Solve.WAY])
+    x.lerp_(torch.lerp(denoised, before, row[Solve.EXTRAPOLATION], out=before), row[Solve.WAY])
     before.copy_(denoised)

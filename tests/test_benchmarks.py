@@ -92,14 +92,19 @@ def saved_run() -> dict:
     memory = {"peak_bytes": 257_280, "peer_peak_bytes": 1_280_000}
     row = common | speed | memory | {"peer": "eager", "peer_us": 400.0, "ours_us": 40.0, "ratio": 10.0, "floor": 15.0}
     parts = {"model": 700.0, "guidance_gradient": 50.0, "guided_step": 50.0}
+    option = {"table": "options", "per_step": 0.5, "difference": 0.01, "changes_work": False, "floor": None}
     groups = {
         "guidance js 64x1000": row,
+        "guided_step 2x1x4x4": row,
         "guidance js 8x10": row | {"peer": "torch.softmax", "same_result": False, "floor": None, "peak_bytes": None},
         "sampling digits, EluCD": row | {"table": "sampling", "per_step": 0.5, "floor": None},
-        "sampling digits, bf16": row
-        | {"table": "options", "per_step": 0.5, "difference": 0.01, "changes_work": False, "floor": None},
+        "sampling digits, bf16": row | option,
+        "sampling digits, compiled": row | option | {"difference": 0.0, "compile_s": 65.0},
         "sampling digits, parts": {
             "table": "parts", "step_us": 1000.0, "eager_step_us": 1250.0, "parts_us": parts, "share_of_ours": 0.1,
+        },
+        "threads guided_step": {
+            "table": "threads", "bytes": 4_000_000, "us": [300.0, 200.0], "copy_us": [125.0, 100.0],
         },
         "growth guidance": {
             "table": "growth", "sizes": [1, 10], "work": [1, 10], "us": [5.0, 60.0], "exponent": 1.5, "ceiling": 1.2,
@@ -126,6 +131,9 @@ def saved_run() -> dict:
 
 
 def test_the_page_of_a_saved_run(tmp_path):
+    from aims import cause_of
+
+    cause = cause_of("guidance js 64x1000", "eager")
     run = tmp_path / "run.json"
     run.write_text(json.dumps(saved_run()))
     command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(run), "--out", str(tmp_path / "out")]
@@ -138,10 +146,14 @@ def test_the_page_of_a_saved_run(tmp_path):
         "|  | ours | GB/s | copy | host | memory | eager | torch.softmax |",
         "| `guidance js 64x1000` | 40 | 12.5 | 25% | 6.25 | 257 kB | 400 (10×), 1.28 MB | – |",
         "| `guidance js 8x10` | 40 | 12.5 | 25% | 6.25 | – | – | *400 (10×), 1.28 MB* |",
-        "0 of 1 ratios that were aimed at were reached.",
-        "| `guidance js 64x1000` | eager | 10× | ≥ 15× |",
+        "0 of 2 ratios that were aimed at were reached.",
+        "| `guidance js 64x1000` | eager | 10× | ≥ 15× | *512 bits in two* |",
+        "| `guided_step 2x1x4x4` | eager | 10× | ≥ 15× | – |",
+        f"- *512 bits in two*: {cause.text}",
+        "| `guided_step` | 300 | 200 | 1.50× | 1.25× | 20 | 40 |",
         "| digits, EluCD | 0.2 | 0.02 | 10.00× |",
-        "| digits, bf16 | 0.2 | 0.02 | 10.00× | 0.01 |",
+        "| digits, bf16 | 0.2 | 0.02 | 10.00× | 0.01 | – |",
+        "| digits, compiled | 0.2 | 0.02 | 10.00× | 0 | 65 |",
         "| digits | 0.7 | 0.05 | 0.05 | 0.2 | 1 | 1.25 | 10.0% |",
         "| guidance | 1 … 10 | 5 … 60 | 1.50 (too steep) |",
     ):
@@ -155,3 +167,32 @@ def test_the_page_of_a_saved_run(tmp_path):
     again = [*command[:2], str(tmp_path / "out" / f"{name}.json"), "--out", str(tmp_path / "again")]
     subprocess.run(again, check=True, capture_output=True)
     assert (tmp_path / "again" / f"{name}.md").read_text() == page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_kept_runs_say_why_they_fall_short(path):
+    from aims import cause_of
+    from report import is_missed
+
+    rows = [row for row in json.loads(path.read_text())["rows"] if "ratio" in row]
+    missed = [(row["group"], row["peer"]) for row in rows if is_missed(row)]
+    assert [row for row in missed if cause_of(*row) is None] == []
+
+
+@pytest.mark.parametrize(
+    ("group", "peer", "floor"),
+    [
+        ("guidance js 8x10", "eager autograd", 50),
+        ("guidance js 64x1000", "eager closed form", 12),
+        ("guidance js 64x1000", "torch.softmax", None),
+        ("guidance reverse_kl 64x1000", "torch.softmax", 1),
+        ("guidance reverse_kl 16x1000", "torch.softmax", None),
+        ("guidance reverse_kl 256x1000 bf16", "torch.compile", None),
+        ("guided_step 16x3x128x128, noise drawn, out=", "torch.compile", None),
+        ("sampling digits", "eager loop", None),
+    ],
+)
+def test_aims_are_of_whole_groups(group, peer, floor):
+    from aims import floor_of
+
+    assert floor_of(group, peer) == floor

@@ -24,8 +24,9 @@ class Tape(TorchDispatchMode):
         if func in WAITS:
             raise RuntimeError("operation not permitted when stream is capturing")
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args):
+        for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else kwargs[argument.name]
                 self.overwritten.append((value, value.detach().clone()))
         results = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, results))

@@ -218,6 +218,16 @@ def test_what_a_recording_fixes_is_looked_at_again(recorders):
     assert len(recorders) == made, "new values at the same places are read by the same recording"
 
 
+def test_a_recording_has_buffers_of_its_own(recorders):
+    """Those of a run would be gone, and their memory another's, when the next run replays it."""
+    for cuda_graph in (False, True):
+        seen = []
+        sampler_of({}, cuda_graph=cuda_graph).sample(
+            LABELS, SEEDS, graphs.WARM_UP, progress=False, callback=lambda step, seen=seen: seen.append(step.x0)
+        )
+        assert len({id(x0) for x0 in seen}) == (graphs.WARM_UP if cuda_graph else 1)
+
+
 def test_a_callback_that_samples_leaves_the_run_alone(recorders):
     expected = run(sampler_of({}))[0]
     sampler, inner = sampler_of({}, cuda_graph=True), []

@@ -499,6 +499,29 @@ def test_wrong_calls_of_solvers():
             sample(guided(rule="edm"), method=method)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"denoise": True}, r"must be a method denoise\(x, sigma, \*\*model_kwargs\); got bool"),
+        ({"denoise": lambda x, sigma: x}, "model.sigma_min and model.sigma_max beside it; got None and None"),
+        (
+            {"denoise": lambda x, sigma: x, "sigma_min": "0.1", "sigma_max": "all"},
+            "beside it; got '0.1' and 'all'",
+        ),
+    ],
+)
+def test_what_is_no_edm_denoiser_is_no_model_of_a_solver(attributes, message):
+    model = unet()
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    for compiled in (False, True):
+        sampler = FDivSampler(model, compile=compiled, num_classes=5)
+        with pytest.raises(TypeError, match=f"model.denoise makes a model an EDM denoiser, and .*{message}"):
+            sample(sampler, method="heun")
+    # nobody else asks for it
+    assert sample(FDivSampler(model), method="ddim").images.isfinite().all()
+
+
 def test_more_wrong_calls():
     with pytest.raises(ValueError, match="sine_boost belongs to method='ddpm'"):
         sample(guided(sine_boost=0.3), method="ddim")
