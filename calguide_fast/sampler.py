@@ -80,7 +80,8 @@ class FDivSampler:
             is taken there, with no pass back through the model (EluCD). ``"xt"``: a noise-aware one sees x_t (ADM-G).
         cond_fn: ``cond_fn(x_t, t, y=labels, **model_kwargs)`` returning an image gradient, in place of a classifier
             (guided-diffusion's convention).
-        classifier_weights: of the classifiers in a list, in place of equal ones; their sum does not matter.
+        classifier_weights: of the classifiers in a list, in place of equal ones; their sum does not matter, and one
+            whose weight is 0 is not run.
         group: of ``torch.distributed``: tilting weighs the images that its ranks sample at the same time against each
             other. All ranks must run the same number of batches and steps.
         cfg_scale: classifier-free guidance ε̂ = ε̂_u + w (ε̂_c − ε̂_u); 1 is the conditional model by itself.
@@ -161,7 +162,9 @@ class FDivSampler:
         self._denoise = denoise_of(model, compile)
         given = _as_tuple(classifier)
         networks = tuple(prepared("classifier", network, dtype, channels_last, compile) for network in given)
-        self._members = tuple(map(as_member, networks, shares(len(networks), classifier_weights)))
+        # one of no weight is not asked: 0 times its NaN would be NaN
+        shared = zip(networks, shares(len(networks), classifier_weights))
+        self._members = tuple(as_member(network, share) for network, share in shared if share)
         self.classifier = networks if isinstance(classifier, _LISTS) else networks[0] if networks else None
         self.cond_fn = cond_fn
         self.group = group

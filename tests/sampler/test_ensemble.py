@@ -63,6 +63,20 @@ def test_the_mean_of_the_scores_guides(weights, backend):
     assert_near(found, ddpm(double(unet()), noise.double(), TIMESTEPS, push), 1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance": Guidance(tilt=-0.4, entropy_scaling=4.0)}])
+def test_a_classifier_without_weight_is_not_run(options):
+    """Whatever it would say: 0 times NaN is NaN."""
+
+    def never(x):
+        pytest.fail("it is run")
+
+    guides = [never, classifier(), never]
+    found = sample(FDivSampler(unet(), guides, classifier_weights=[0, 2, 0], num_classes=5, **options))
+    expected = sample(FDivSampler(unet(), classifier(), **options))
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.diagnostics.values, expected.diagnostics.values)
+
+
 def test_members_of_different_kinds(backend):
     """In dtype and layout, and one that is a plain function; none is changed."""
     channels_last = another().to(memory_format=torch.channels_last)
