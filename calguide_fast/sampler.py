@@ -20,6 +20,7 @@ from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance
 from calguide_fast.guides import Classifiers, Guide, OwnGradient, as_member, check_classifier_input
 from calguide_fast.karras import Churn, KarrasLevels, as_range, within
+from calguide_fast.method_settings import check_method_settings
 from calguide_fast.networks import denoise_of, device_of, dtype_of, frozen, prepared
 from calguide_fast.noise import as_seeds, draw_labels
 from calguide_fast.ops.checks import check_labels, is_integer, number
@@ -90,7 +91,7 @@ class FDivSampler:
         num_classes: of the labels; read off the classifier or the model if not given.
         shape: (C, *spatial) of one image; read off ``model.in_channels`` and ``model.image_size`` if not given.
         variance: ``"fixed_small"`` or ``"fixed_large"``, for models that predict no v.
-        eta: η of DDIM.
+        eta: η of DDIM; as churn and sigma_range, an error with a method that it does nothing for.
         churn, s_tmin, s_tmax, s_noise: EDM's stochasticity of ``"heun"``: see
             :class:`calguide_fast.karras.Churn`.
         sigma_range: (lowest, highest) noise level of ``"heun"`` and ``"dpmpp"``, in EDM's units; EDM's (0.002, 80), as
@@ -270,7 +271,7 @@ class FDivSampler:
             :class:`calguide_fast.samples.Samples`.
         """
         self._check_method(method, recurrence)
-        timeline = self._karras_levels(steps, method) if method in SOLVERS else self.schedule.respaced(steps)
+        timeline = self._karras_levels(steps) if method in SOLVERS else self.schedule.respaced(steps)
         wanted = self._wanted(labels)
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
@@ -314,6 +315,7 @@ class FDivSampler:
         allowed = (*METHODS, *SOLVERS)
         if method not in allowed:
             raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, allowed))}")
+        check_method_settings(method, self.eta, self.churn, self.sigma_range)
         if method != "ddpm" and self.guidance is not None and self.guidance.sine_boost:
             raise ValueError("sine_boost belongs to method='ddpm'")
         if method != "heun" and self._follows_edm_rule:
@@ -325,16 +327,14 @@ class FDivSampler:
         if recurrence > 1 and self.guidance is None:
             raise ValueError(f"recurrence={recurrence} repeats guided steps, and guidance=None has none")
 
-    def _karras_levels(self, steps: str | int, method: str) -> KarrasLevels:
+    def _karras_levels(self, steps: str | int) -> KarrasLevels:
         """Where a solver goes: as far as the model does, within the range asked for."""
         if self._denoise is None:
             low, high = self.schedule.sigmas[[0, -1]].tolist()
         else:
             low, high = denoiser_range_of(self.model)
         first, last = within(low, high, self.sigma_range)
-        # DPM-Solver++ has no churn: it must not evaluate the model at more noise than there is
-        churn = self.churn if method == "heun" else None
-        return KarrasLevels.karras(steps, first, last, self.schedule, churn)
+        return KarrasLevels.karras(steps, first, last, self.schedule, self.churn)
 
     def _parts(self, scratch: Scratch) -> Parts:
         """What the steps of one run work with, as the settings are at present."""

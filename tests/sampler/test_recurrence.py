@@ -88,7 +88,7 @@ def test_heun(churn):
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "heun"])
 def test_once_is_plain_and_the_last_time_has_the_steps_own_noise(method):
-    sampler = guided(churn=2.0, eta=0.5)
+    sampler = guided(**{"ddim": {"eta": 0.5}, "heun": {"churn": 2.0}}.get(method, {}))
     plain, once, twice = (sample(sampler, method, **options) for options in ({}, {"recurrence": 1}, {"recurrence": 2}))
     assert torch.equal(plain.images, once.images) and not torch.equal(plain.images, twice.images)
     own = [sampling_noise(SEEDS, (3, 6, 6), draw) for draw in range(6)]

@@ -64,7 +64,7 @@ def test_noise_and_labels_are_bitwise_the_same_in_any_batch_order_and_backend():
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "heun", "dpmpp"])
 def test_images_do_not_depend_on_the_batch_beyond_rounding(method, backend):
-    sampler = guided(sine_boost=0.3 if method == "ddpm" else 0.0, churn=2.0)
+    sampler = guided(**{"ddpm": {"sine_boost": 0.3}, "heun": {"churn": 2.0}}.get(method, {}))
     whole = sample(sampler, method=method)
     for batch_size in (1, 2, 3, 100):
         assert close(sample(sampler, method=method, batch_size=batch_size).images, whole.images)
@@ -109,7 +109,7 @@ def test_seeds_may_be_written_signed_or_unsigned(backend):
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "heun", "dpmpp"])
 def test_seeds_are_the_noise_they_stand_for(method, backend):
-    sampler = guided(tilt=0.2, churn=2.0)
+    sampler = guided(tilt=0.2, churn=2.0 if method == "heun" else 0.0)
     seeds = torch.tensor([5, -(2**63), -1, 0, 17, 3, 2**40])
     noise = torch.stack([sampling_noise(seeds, (3, 6, 6), draw) for draw in range(6)])
     assert torch.equal(sample(sampler, method=method).images, sample(sampler, method=method, noise=noise).images)
@@ -497,6 +497,21 @@ def test_wrong_calls_of_solvers():
     for method in ("ddpm", "ddim", "dpmpp"):
         with pytest.raises(ValueError, match="rule='edm' belongs to method='heun'"):
             sample(guided(rule="edm"), method=method)
+
+
+@pytest.mark.parametrize(
+    ("settings", "methods", "message"),
+    [
+        ({"eta": 0.5}, ("ddpm", "heun", "dpmpp"), "eta=0.5 has no effect with method='{}'"),
+        ({"churn": 2.0}, ("ddpm", "ddim", "dpmpp"), "churn=2.0 has no effect with method='{}'"),
+        ({"s_noise": 1.1}, ("heun",), "s_noise=1.1 has no effect without churn"),
+        ({"sigma_range": (0.1, None)}, ("ddpm", "ddim"), r"sigma_range=\(0.1, None\) has no effect with method='{}'"),
+    ],
+)
+def test_settings_that_the_method_leaves_without_effect(settings, methods, message):
+    for method in methods:
+        with pytest.raises(ValueError, match=message.format(method)):
+            sample(guided(**settings), method=method)
 
 
 @pytest.mark.parametrize(
