@@ -15,6 +15,8 @@ namespace calguide {
 class PositionalArguments {
  public:
   explicit PositionalArguments(PyObject* const* items) : next_(items) {}
+  // the items of a tuple, which are taken to be as many as are read
+  explicit PositionalArguments(PyObject* tuple) : next_(&PyTuple_GET_ITEM(tuple, 0)) {}
   PyObject* object() { return *next_++; }
   int64_t integer() { return PyLong_AsLongLong(object()); }
   double real() { return PyFloat_AsDouble(object()); }
@@ -45,6 +47,9 @@ PyObject* call(const char* name, PyObject* const* items, Py_ssize_t count, int e
   PositionalArguments in(items);
   try {
     return body(in);
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    return nullptr;
   } catch (const std::exception& error) {
     return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
   }
@@ -61,6 +66,20 @@ inline Operand operand(const void* data, int64_t type, PyObject* strides, int po
   return result;
 }
 
+// The operand past the first `channels` channels.
+inline Operand second_half(Operand first, int64_t channels) {
+  const int64_t bytes = first.type == storage_float32 ? 4 : 2;
+  first.data = static_cast<const char*>(first.data) + channels * first.channel * bytes;
+  return first;
+}
+
+// The operand from the channel after so many of them.
+inline Operand past_channels(Operand a, int64_t channels) {
+  const int64_t bytes = a.type == storage_float32 ? 4 : 2;
+  a.data = static_cast<const char*>(a.data) + channels * a.channel * bytes;
+  return a;
+}
+
 // The operands that guided_step and predict_x0 share, from the arguments that both begin with.
 inline StepArguments read_common(PositionalArguments& in, PyObject*& strides) {
   StepArguments a{};
@@ -73,12 +92,16 @@ inline StepArguments read_common(PositionalArguments& in, PyObject*& strides) {
   const int64_t type = in.integer();
   const bool learned_variance = in.flag();
   a.eps = operand(model_output, type, strides, 1, a.channels * (learned_variance ? 2 : 1), a.pixels);
-  if (learned_variance) {
-    const int64_t bytes = a.eps.type == storage_float32 ? 4 : 2;
-    a.v = a.eps;
-    a.v.data = static_cast<const char*>(a.eps.data) + a.channels * a.eps.channel * bytes;
-  }
+  if (learned_variance) a.v = past_channels(a.eps, a.channels);
   return a;
+}
+
+inline void read_step_settings(PositionalArguments& in, StepArguments& a) {
+  a.ddim = in.flag();
+  a.scale = static_cast<float>(in.real());
+  a.tilt.tilt = in.real(), a.tilt.max_weight = in.real();
+  a.tilt.normalize_sum = in.flag();
+  a.sine_boost = static_cast<float>(in.real());
 }
 
 constexpr int guided_step_arguments = 24, predict_x0_arguments = 12;
@@ -95,11 +118,7 @@ inline StepArguments read_guided_step(PositionalArguments& in) {
   a.tilt.stride = 1, a.tilt.count = a.batch;
   a.seeds = in.pointer<const int64_t>();
   a.variance_max = in.pointer<float>();
-  a.ddim = in.flag();
-  a.scale = static_cast<float>(in.real());
-  a.tilt.tilt = in.real(), a.tilt.max_weight = in.real();
-  a.tilt.normalize_sum = in.flag();
-  a.sine_boost = static_cast<float>(in.real());
+  read_step_settings(in, a);
   return a;
 }
 
@@ -143,6 +162,20 @@ inline TopLabelBackwardArguments read_top_label_backward(PositionalArguments& in
 
 constexpr int guidance_arguments = 18;
 
+inline GuidanceSettings<double> read_guidance_settings(PositionalArguments& in) {
+  GuidanceSettings<double> settings;
+  const int64_t divergence = in.integer();
+  if (divergence < 0 || divergence >= divergence_count) {
+    PyErr_Format(PyExc_ValueError, "divergence=%lld is not a code of csrc/fdiv_math.h: 0..%d",
+                 static_cast<long long>(divergence), divergence_count - 1);
+  }
+  settings.divergence = static_cast<int>(divergence);
+  settings.order = in.real(), settings.alpha = in.real(), settings.epsilon = in.real();
+  settings.joint_temperature = in.real(), settings.marginal_temperature = in.real();
+  settings.entropy_weight = in.real(), settings.adaptive_entropy = in.flag();
+  return settings;
+}
+
 inline GuidanceArguments read_guidance(PositionalArguments& in) {
   GuidanceArguments a;
   a.logits = in.pointer<const void>();
@@ -151,16 +184,7 @@ inline GuidanceArguments read_guidance(PositionalArguments& in) {
   a.label_stride = in.integer();
   a.batch = in.integer(), a.classes = in.integer();
   a.storage = static_cast<int>(in.integer());
-  const int64_t divergence = in.integer();
-  if (divergence < 0 || divergence >= divergence_count) {
-    PyErr_Format(PyExc_ValueError, "divergence=%lld is not a code of csrc/fdiv_math.h: 0..%d",
-                 static_cast<long long>(divergence), divergence_count - 1);
-  }
-  GuidanceSettings<double>& settings = a.settings;
-  settings.divergence = static_cast<int>(divergence);
-  settings.order = in.real(), settings.alpha = in.real(), settings.epsilon = in.real();
-  settings.joint_temperature = in.real(), settings.marginal_temperature = in.real();
-  settings.entropy_weight = in.real(), settings.adaptive_entropy = in.flag();
+  a.settings = read_guidance_settings(in);
   a.grad = in.pointer<void>();
   a.stats = in.pointer<float>();
   return a;

@@ -62,6 +62,17 @@ def choose(tensor: Tensor, op: str | None = None) -> ModuleType:
     return backend if backend is not None else _default(*key)
 
 
+def plain() -> ModuleType | None:
+    """The functions that read the CPU's plain tensors by themselves, if there are any and no override is in the way.
+
+    They return None, having done nothing, where they find anything out of the ordinary: a tensor that is not plain, or
+    not what the op needs. The way by checks and :func:`choose`, which also loads the backend, then serves the call or
+    says what is wrong with it.
+    """
+    cpu = _loaded.get("cpu") if _override is None or _override == "cpu" else None
+    return None if cpu is None else cpu.plain
+
+
 def _default(dtype: torch.dtype, device: str, op: str | None = None) -> ModuleType:
     preferred = [
         name for name, spec in _SPECS.items() if device in spec.preferred_on and _serves(spec, dtype, device, op)

@@ -20,6 +20,9 @@ top_label = _kernels.top_label
 top_label_backward = _kernels.top_label_backward
 smooth_ece = _kernels.smooth_ece
 
+# the functions that read plain tensors by themselves, if this version of torch lets them
+plain = _cpu if _cpu.know_plain_tensors(torch) else None
+
 
 def describe() -> str:
     """Language, instruction set and threads of the kernels, such as "C++, AVX-512 (v4), OpenMP"."""

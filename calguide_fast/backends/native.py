@@ -17,6 +17,7 @@ from calguide_fast.backends.labels import check_labels
 from calguide_fast.backends.layout import image_strides, steppable
 from calguide_fast.backends.outcomes import check_outcomes
 
+_FLOAT32 = torch.float32
 # codes of csrc/storage.h
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -55,21 +56,18 @@ class NativeKernels:
         row_stride, class_stride = logits.stride()
         # new_empty spares a small call the 0.7 us of a dtype by keyword, and heeds no default dtype or device
         grad = logits.new_empty(batch, classes) if out is None else out
-        stats = (
-            logits.new_empty(5, batch)
-            if logits.dtype is torch.float32
-            else logits.new_empty(5, batch, dtype=torch.float32)
-        )
+        dtype = logits.dtype
+        stats = logits.new_empty(5, batch) if dtype is _FLOAT32 else logits.new_empty(5, batch, dtype=_FLOAT32)
         bad_row = self.native.guidance_gradient(
             self.place(logits),
             logits.data_ptr(),
             row_stride,
             class_stride,
             labels.data_ptr(),
-            labels.stride(0),
+            labels.stride()[0],
             batch,
             classes,
-            _STORAGE[logits.dtype],
+            _STORAGE[dtype],
             divergence,
             order,
             alpha,
@@ -234,9 +232,10 @@ class NativeKernels:
     def philox_normal(self, seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
         """Standard normals of images of `shape`, (B, *shape) fp32: a function of seed, draw and stream alone."""
         seeds = seeds.contiguous()
-        out = seeds.new_empty((len(seeds), *shape), dtype=torch.float32)
+        batch = seeds.shape[0]
+        out = seeds.new_empty((batch, *shape), dtype=_FLOAT32)
         self.native.philox_normal(
-            self.place(seeds), seeds.data_ptr(), len(seeds), math.prod(shape), draw, stream, out.data_ptr()
+            self.place(seeds), seeds.data_ptr(), batch, math.prod(shape), draw, stream, out.data_ptr()
         )
         return out
 

@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from calguide_fast import backends
+
 LIBRARY = torch.library.Library("calguide_fast", "DEF")
 
+# names of this module's own, as a look-up in torch costs as much as some of the checks
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
+_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 
 
+def is_watched() -> bool:
+    """Whether a compiler, tracer, mode, transform or forward-mode level may want to see the ops that are called."""
+    # a compiler other than Dynamo works with a dispatch mode
+    return (
+        _compiling()
+        or _tracing()
+        or _dispatch_modes() != 0
+        or _function_modes() != 0
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_direct(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher has nothing to add, so that an op may call its backend at once, some 3 µs sooner.
 
-    True for ordinary strided tensors when nothing watches: no compiler or tracer, no dispatch or function mode, no
-    functorch transform, no forward-mode level, no lazy negation.
+    True for ordinary strided tensors, without lazy negation, when nothing watches.
     """
-    if torch.compiler.is_compiling() or _tracing() or _dispatch_modes() or _function_modes():
-        return False
-    if _functorch_level() is not None or forward_ad._current_level >= 0:
+    if is_watched():
         return False
     # a plain loop: all() with a generator doubles the cost of a small call
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_meta:
+        if type(tensor) not in _PLAIN_TYPES or tensor.layout is not _STRIDED or tensor.is_neg() or tensor.is_meta:
             return False
     return True
+
+
+def plain_calls(tensor: Any) -> ModuleType | None:
+    """The functions of :func:`calguide_fast.backends.plain`, if this may be a tensor for them and nothing watches."""
+    if not isinstance(tensor, Tensor) or not tensor.is_cpu or is_watched():
+        return None
+    return backends.plain()
 
 
 def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:

@@ -21,7 +21,10 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         TypeError: not a real number.
         ValueError: not finite, or outside the range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+    # most are Python's own, and need no look at what else they might be
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer))
+    ):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     result = float(value)
     # comparisons that NaN fails, too; the compiler follows them where it does not follow math.isfinite

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, plain_calls
 from calguide_fast.ops.coefficients import ROW_LENGTH
 from calguide_fast.ops.tilt import tilt_settings
 
@@ -57,6 +57,11 @@ def predict_x0(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device.
     """
+    plain_result = out is not None or (dtype is torch.float32 and memory_format is torch.contiguous_format)
+    if plain_result and (plain := plain_calls(x_t)) is not None:
+        x0 = plain.plain_predict_x0(torch.get_num_threads(), x_t, model_output, coefficients, out, clip)
+        if x0 is not None:
+            return x0
     _check_images(x_t, model_output, coefficients)
     if out is not None:
         _check_like("out", out, x_t, x_t.shape, _MODEL_DTYPES)
@@ -123,15 +128,21 @@ def guided_step(
     Source: Ho et al., arXiv 2006.11239; Nichol & Dhariwal, arXiv 2102.09672; Song et al., arXiv 2010.02502;
     Dhariwal & Nichol, arXiv 2105.05233 (guidance); EluCD, arXiv 2310.11311 (sine boost).
     """
-    learned = _check_images(x_t, model_output, coefficients)
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}")
-    _check_step(x_t, method, gradient, weights, scores, noise, seeds, variance_max, sine_boost, out)
-    inputs = (x_t, model_output, coefficients, gradient, weights, scores, noise, seeds)
+    _check_combination(method, noise, seeds, variance_max, sine_boost)
     tilt, normalize_sum, limit = tilt_settings(tilt, normalize, max_weight)
     scale = checks.number("scale", scale)
     sine_boost = checks.number("sine_boost", sine_boost, low=0.0)
-    settings = (METHODS[method], learned, scale, tilt, limit, normalize_sum, sine_boost, clip)
+    inputs = (x_t, model_output, coefficients, gradient, weights, scores, noise, seeds)
+    numbers = (scale, tilt, limit, normalize_sum, sine_boost, clip)
+    if (plain := plain_calls(x_t)) is not None:
+        x_prev = plain.plain_guided_step(torch.get_num_threads(), *inputs, variance_max, out, METHODS[method], *numbers)
+        if x_prev is not None:
+            return x_prev
+    learned = _check_images(x_t, model_output, coefficients)
+    _check_step(x_t, gradient, weights, scores, noise, seeds, variance_max, out)
+    settings = (METHODS[method], learned, *numbers)
     if is_direct(*inputs, variance_max, out):
         if out is None:
             out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
@@ -177,16 +188,27 @@ def _check_images(x_t: Tensor, model_output: Tensor, coefficients: Tensor) -> bo
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _check_combination(
+    method: str, noise: Tensor | None, seeds: Tensor | None, variance_max: Tensor | None, sine_boost: float
+) -> None:
+    if noise is not None and seeds is not None:
+        raise ValueError("give noise or seeds, not both")
+    if method == "ddpm" and noise is None and seeds is None:
+        raise ValueError("method='ddpm' needs noise: give noise= or seeds=")
+    if method == "ddim" and (variance_max is not None or sine_boost):
+        raise ValueError("the sine boost (variance_max, sine_boost) belongs to method='ddpm'")
+    if sine_boost and variance_max is None:
+        raise ValueError(f"sine_boost={sine_boost!r} needs variance_max, a (B,) tensor that starts at zero")
+
+
 def _check_step(
     x_t: Tensor,
-    method: str,
     gradient: Tensor | None,
     weights: Tensor | None,
     scores: Tensor | None,
     noise: Tensor | None,
     seeds: Tensor | None,
     variance_max: Tensor | None,
-    sine_boost: float,
     out: Tensor | None,
 ) -> None:
     if gradient is not None:
@@ -198,14 +220,6 @@ def _check_step(
     for name, tensor in (("weights", weights), ("scores", scores), ("variance_max", variance_max)):
         if tensor is not None:
             _check_like(name, tensor, x_t, x_t.shape[:1], (torch.float32,))
-    if noise is not None and seeds is not None:
-        raise ValueError("give noise or seeds, not both")
-    if method == "ddpm" and noise is None and seeds is None:
-        raise ValueError("method='ddpm' needs noise: give noise= or seeds=")
-    if method == "ddim" and (variance_max is not None or sine_boost):
-        raise ValueError("the sine boost (variance_max, sine_boost) belongs to method='ddpm'")
-    if sine_boost and variance_max is None:
-        raise ValueError(f"sine_boost={sine_boost!r} needs variance_max, a (B,) tensor that starts at zero")
     if out is not None:
         _check_like("out", out, x_t, x_t.shape, (torch.float32,))
         if not out.is_contiguous():

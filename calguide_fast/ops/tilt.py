@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, plain_calls
 
 LIBRARY.define("tilt_weights(Tensor scores, float tilt, bool normalize_sum, float max_weight) -> Tensor")
 
@@ -44,10 +44,14 @@ def tilt_weights(
 
     Source: arXiv 2511.05844, after Li et al., *Tilted Empirical Risk Minimization*, arXiv 2007.01162.
     """
+    arguments = tilt_settings(tilt, normalize, max_weight)
+    if group is None and (plain := plain_calls(scores)) is not None:
+        weights = plain.plain_tilt_weights(scores, *arguments)
+        if weights is not None:
+            return weights
     checks.floating("scores", scores)
     if scores.ndim != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (B,)")
-    arguments = tilt_settings(tilt, normalize, max_weight)
     if group is not None:
         return _over_ranks(scores, *arguments, group)
     if is_direct(scores):

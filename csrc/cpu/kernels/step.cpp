@@ -72,6 +72,14 @@ CALGUIDE_INLINE const float* draw_normals(const PhiloxKey& key, int64_t first, i
   return buffer + first % 4;
 }
 
+// Calls body(begin, end) for a part of so many items on each thread; OpenMP takes its time even over one.
+template <class Body>
+void each_part(int64_t items, int threads, const Body& body) {
+  if (threads == 1) return body(0, items);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; ++part) body(part * items / threads, (part + 1) * items / threads);
+}
+
 CALGUIDE_INLINE int64_t offset_of(const Operand& a, int64_t image, int64_t channel, int64_t pixel) {
   return image * a.image + channel * a.channel + pixel * a.pixel;
 }
@@ -189,12 +197,10 @@ void guided_step(StepArguments a, ImageScalars images, int threads) {
   flatten_channels(a);
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  each_part(a.batch * runs, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float buffers[5][run_length];
     alignas(64) float normals[normals_buffer];
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < a.batch * runs; ++item) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / runs, pixel = item % runs * run_length;
       const int64_t n = a.pixels - pixel < run_length ? a.pixels - pixel : run_length;
       for (int64_t channel = 0; channel < a.channels; ++channel) {
@@ -214,7 +220,7 @@ void guided_step(StepArguments a, ImageScalars images, int threads) {
         chosen(row, bound, guided ? images.guide[b] : 0.0f, images.boost[b], x, eps, v, g, z, out, n);
       }
     }
-  }
+  });
 }
 
 void predict_x0(StepArguments a, int threads) {
@@ -224,11 +230,9 @@ void predict_x0(StepArguments a, int threads) {
   const bool in_place = a.out.type == storage_float32 && a.out.pixel == 1;
   const int64_t runs = (a.pixels + run_length - 1) / run_length;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  each_part(a.batch * runs, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float buffers[2][run_length];
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < a.batch * runs; ++item) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / runs, pixel = item % runs * run_length;
       const int64_t n = a.pixels - pixel < run_length ? a.pixels - pixel : run_length;
       for (int64_t channel = 0; channel < a.channels; ++channel) {
@@ -248,25 +252,23 @@ void predict_x0(StepArguments a, int threads) {
         }
       }
     }
-  }
+  });
 }
 
 // (batch, elements) normals of one draw, elements in NCHW order.
 void philox_normal(const int64_t* seeds, int64_t batch, int64_t elements, uint32_t draw, uint32_t stream, float* out,
                    int threads) {
   const int64_t runs = (elements + run_length - 1) / run_length;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  each_part(batch * runs, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float normals[normals_buffer];
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < batch * runs; ++item) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / runs, first = item % runs * run_length;
       const int64_t n = elements - first < run_length ? elements - first : run_length;
       const PhiloxKey key = philox_key(static_cast<uint64_t>(seeds[b]));
       const float* z = draw_normals(key, first, n, draw, stream, normals);
       memcpy(out + b * elements + first, z, static_cast<size_t>(n) * sizeof(float));
     }
-  }
+  });
 }
 
 }  // namespace CALGUIDE_ISA
