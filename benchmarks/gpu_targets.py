@@ -20,7 +20,6 @@ from calguide_fast.schedule import Schedule
 
 COEFFICIENTS = Schedule.linear().respaced("250").coefficients()[100]
 SCALE = 0.7
-# of a copy of as many bytes
 SHARE = 0.85
 
 
@@ -36,7 +35,8 @@ class Target:
         traffic: bytes that a call must read and write.
         launches: kernels of the CUDA backend in a call.
         predicted_us: (CUDA, Triton), as replayed by a graph or in a long row of calls.
-        most_us: the aim where the launch is most of it; else the aim is SHARE of a copy's bandwidth.
+        most_us: the aim where the launch is most of it.
+        share: the aim where memory is: of the bandwidth of a copy of as many bytes.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Target:
     launches: int
     predicted_us: tuple[float, float]
     most_us: float | None = None
+    share: float | None = None
 
     @property
     def op(self) -> str:
@@ -101,14 +102,15 @@ def guidance_target(
     elements = shape[0] * shape[1]
     name = f"guidance {divergence} {shape[0]}x{shape[1]}"
     call = partial(gradient, divergence)
-    return Target(name, partial(rows, shape), call, elements, 8 * elements, 1, predicted_us, most_us)
+    share = None if most_us else SHARE
+    return Target(name, partial(rows, shape), call, elements, 8 * elements, 1, predicted_us, most_us, share)
 
 
 def step_target(shape: tuple[int, ...], predicted_us: tuple[float, float]) -> Target:
     elements = torch.Size(shape).numel()
     name = f"guided_step {'x'.join(map(str, shape))}, noise drawn"
     # x_t, eps, v and the gradient in, the next x_t out
-    return Target(name, partial(images, shape), drawn_step, elements, 20 * elements, 1, predicted_us)
+    return Target(name, partial(images, shape), drawn_step, elements, 20 * elements, 1, predicted_us, share=SHARE)
 
 
 def smooth_ece_target(count: int, predicted_us: tuple[float, float]) -> Target:

@@ -12,7 +12,7 @@ import liger
 import peers
 import pytest
 import torch
-from gpu_targets import COEFFICIENTS, SCALE, SHARE, TARGETS, Target
+from gpu_targets import COEFFICIENTS, SCALE, TARGETS, Target
 from timing import BLOCKS, clock_of
 from torch import Tensor
 
@@ -153,7 +153,7 @@ def test_target(compare, device, backend, not_measured, target: Target, peer: st
         predicted_us=target.predicted_us[("cuda", "triton").index(backend)],
         launches=target.launches if backend == "cuda" else None,
         aim_us=target.most_us,
-        aim_share=None if target.most_us else SHARE,
+        aim_share=target.share,
     )
 
 

@@ -78,6 +78,8 @@ GROUPS = [
             {"GUIDE_WARPS": 1},
             {"GUIDE_WARPS": 2},
             {"GUIDE_WARPS": 8},
+            {"GUIDE_WARP_BLOCKS": 4},
+            {"GUIDE_WARP_BLOCKS": 5},
             {"GUIDE_WARP_CLASSES": 256, "GUIDE_THREADS": 128},
             {"GUIDE_WARP_CLASSES": 256, "GUIDE_THREADS": 256},
         ),
@@ -89,10 +91,10 @@ GROUPS = [
         LONG,
         (
             {"GUIDE_THREADS": 512},
-            {"GUIDE_THREADS": 1024},
+            {"GUIDE_THREADS": 512, "GUIDE_BLOCKS": 2},
             {"GUIDE_SHARED_BYTES": 0},
-            {"GUIDE_SHARED_BYTES": 0, "GUIDE_THREADS": 512},
-            {"GUIDE_SHARED_BYTES": 0, "GUIDE_THREADS": 1024},
+            {"GUIDE_SHARED_BYTES": 0, "GUIDE_BLOCKS": 4},
+            {"GUIDE_SHARED_BYTES": 0, "GUIDE_THREADS": 512, "GUIDE_BLOCKS": 2},
         ),
     ),
     Group(

@@ -228,7 +228,8 @@ constexpr int most_rows_a_block = CALGUIDE_GUIDE_WARPS;
 
 // LENGTH is the longest row that the registers of a warp hold
 template <class T, Summation S, int LENGTH>
-__global__ void __launch_bounds__(warp_size* most_rows_a_block) guide_warp_rows(const Task<RealOf<S>> task) {
+__global__ void __launch_bounds__(warp_size* most_rows_a_block, S == sum_of_doubles ? 0 : CALGUIDE_GUIDE_WARP_BLOCKS)
+    guide_warp_rows(const Task<RealOf<S>> task) {
   using Row = RegisterRow<T, WarpGroup, LENGTH>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; b < task.arguments.batch; b += step) {
@@ -240,7 +241,8 @@ constexpr int block_threads = CALGUIDE_GUIDE_THREADS;
 using RowBlock = BlockGroup<block_threads>;
 
 template <class T, Summation S, template <class, class> class Row>
-__global__ void __launch_bounds__(block_threads, 1) guide_block_rows(const Task<RealOf<S>> task) {
+__global__ void __launch_bounds__(block_threads, S == sum_of_doubles ? 1 : CALGUIDE_GUIDE_BLOCKS)
+    guide_block_rows(const Task<RealOf<S>> task) {
   CALGUIDE_SHARED(double, scratch, RowBlock::scratch_length);
   CALGUIDE_DYNAMIC_SHARED(float, shared);
   for (int64_t b = blockIdx.x; b < task.arguments.batch; b += gridDim.x) {

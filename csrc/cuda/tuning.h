@@ -19,9 +19,20 @@
 #define CALGUIDE_GUIDE_WARPS 4
 #endif
 
+// blocks of them that registers must leave room for on a multiprocessor, 0 for as the compiler sees fit; not in double,
+// which would spill
+#ifndef CALGUIDE_GUIDE_WARP_BLOCKS
+#define CALGUIDE_GUIDE_WARP_BLOCKS 0
+#endif
+
 // threads of a block that has a row to itself
 #ifndef CALGUIDE_GUIDE_THREADS
 #define CALGUIDE_GUIDE_THREADS 256
+#endif
+
+// blocks of them that registers must leave room for, not in double either
+#ifndef CALGUIDE_GUIDE_BLOCKS
+#define CALGUIDE_GUIDE_BLOCKS 1
 #endif
 
 // bytes of shared memory that a row may take, as far as the device has them; a longer one is read anew
