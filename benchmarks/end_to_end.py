@@ -3,8 +3,8 @@
     python benchmarks/end_to_end.py --out FILE [--seconds 270] [--batches 64,1,256,16]
 
 ADM's ImageNet UNet and a ResNet-101 with random weights. Few steps are timed, and what one more step takes gives the
-time of 250: every row says so. Each row is in the file as soon as it is measured; rows for which no time is left are
-listed with that reason.
+time of 250: every row says so. Each row is in FILE, and in the page beside it, as soon as it is measured; rows for
+which no time is left are listed with that reason.
 """
 
 from __future__ import annotations
@@ -231,11 +231,45 @@ def difference(of: Networks, batch: int, device: torch.device, steps: int = 6) -
     }
 
 
+def page(results: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    equal = results["equal_output"]
+    lines = [
+        f"# Whole sampling on {results['device']}",
+        "",
+        f"{results['preset']}, {results['classifier']}, torch {results['torch']}; random weights. Seconds of {STEPS} "
+        "steps are those of one more step, times their number. With the same noise, ours and the loop's images differ "
+        f"by {equal['mean']:.2g} on average and {equal['most']:.2g} at most; guidance moves them by "
+        f"{equal['guided_by']:.2g}.",
+        "",
+        "| batch | | ms a step | images/s | times the loop | kernels a step | of them ours | launches by the host | "
+        "GPU busy | GPU h for 50k |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        if "reason" in row:
+            lines.append(f"| {row['batch']} | {row['way']} | {row['reason']} | | | | | | | |")
+            continue
+        cells = [row["batch"], row["way"], f"{row['step_ms']:.2f}", f"{row['images_per_s']:.4g}"]
+        cells.append(f"{row['times_eager']:.2f}" if "times_eager" in row else "")
+        for name in ("kernels_per_step", "own_kernels_per_step", "host_launches_per_step"):
+            cells.append(f"{row[name]:.0f}" if name in row else "")
+        cells.append(f"{row['busy_ms_per_step'] / row['step_ms']:.0%}" if "busy_ms_per_step" in row else "")
+        lines.append(f"| {' | '.join(map(str, [*cells, format(row['gpu_hours_50k'], '.1f')]))} |")
+    parts = [
+        f"- batch {batch}: " + ", ".join(f"{part} {time:.2f} ms" for part, time in found.items())
+        for batch, found in results["parts_ms"].items()
+    ]
+    return "\n".join([*lines, "", "The networks of the loop by themselves:", "", *parts]) + "\n"
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
-    """All of it or nothing, whatever happens meanwhile."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
+    """The results and their page, each all of it or nothing, whatever happens meanwhile."""
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    for target, content in ((path, text), (path.with_suffix(".md"), page(results))):
+        unfinished = target.with_name(target.name + ".unfinished")
+        unfinished.write_text(content)
+        os.replace(unfinished, target)
 
 
 def order(batches: list[int]) -> list[tuple[int, Way]]:
@@ -287,7 +321,9 @@ def main(given: list[str] | None = None) -> int:
             row["reason"] = "not measured: no time was left"
         else:
             try:
-                torch._dynamo.reset()
+                if way.compiles:
+                    # for this batch size alone, as the first one is compiled
+                    torch._dynamo.reset()
                 run = runner(of, way, batch, device)
                 row |= measured(run, batch, device) | launches(run, device)
                 if way.name == EAGER:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +21,9 @@ from calguide_fast.ops.noise import sampling_noise
 LARGE = "sizes that fill a GPU need one"
 LIGER = "Liger-Kernel"
 PEERS = {
-    "guidance": ["eager autograd", "eager reduced", "torch.compile, reduced", LIGER],
+    "guidance": ["eager reduced", "torch.compile, reduced", LIGER],
     "guided_step": ["eager", "torch.compile"],
-    "smooth_ece": ["torch, 15 bins", "torchmetrics, 15 bins"],
+    "smooth_ece": ["15 bins"],
 }
 # where launches are most of it, and where samples are
 GRADIENT_SIZES = (100_000, 10_000_000)
@@ -56,7 +55,7 @@ def reduced(divergence: str) -> Callable[..., Any]:
 
 
 def bins(confidence: Tensor, correct: Tensor) -> Tensor:
-    """The binned calibration error: three histograms and what they say."""
+    """The binned calibration error: another estimate, for scale."""
     index = (15 * confidence).long().clamp(max=14)
     total = torch.zeros(15, device=confidence.device).index_add_(0, index, confidence - correct.float())
     return total.abs().sum() / len(confidence)
@@ -68,28 +67,13 @@ def peers_call(target: Target, peer: str) -> Callable[..., Any]:
         divergence = target.name.split()[1]
         if peer == LIGER:
             function = liger.gradient(divergence)
-        elif peer == "eager autograd":
-            function = peers.autograd(divergence)
         else:
             function = compiled(reduced(divergence)) if "compile" in peer else reduced(divergence)
         return lambda logits, labels, out: function(logits, labels)
     if target.op == "guided_step":
         function = compiled(step(True)) if "compile" in peer else step(True)
         return lambda x_t, output, gradient, seeds, coefficients, out: function(x_t, output, gradient)
-    if peer == "torch, 15 bins":
-        return bins
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    return lambda confidence, correct: binary_calibration_error(confidence, correct.long(), n_bins=15)
-
-
-def missing(peer: str, device: torch.device) -> str | None:
-    """Why the peer cannot be compared with, if it cannot."""
-    if peer == LIGER:
-        return liger.missing(device)
-    if "torchmetrics" in peer and importlib.util.find_spec("torchmetrics") is None:
-        return "torchmetrics is not installed"
-    return None
+    return bins
 
 
 @functools.cache
@@ -128,7 +112,7 @@ def comparable(target: Target, result: Any) -> Any:
 def test_target(compare, device, backend, not_measured, target: Target, peer: str) -> None:
     if device.type != "cuda":
         not_measured(LARGE)
-    if reason := missing(peer, device):
+    if peer == LIGER and (reason := liger.missing(device)):
         not_measured(reason)
     inputs = target.inputs(device)
     wanted = expected(target, device)
@@ -148,8 +132,8 @@ def test_target(compare, device, backend, not_measured, target: Target, peer: st
         size=target.elements,
         traffic=target.traffic,
         host=peer == PEERS[target.op][0],
-        # autograd looks at no graph's recording, and an index or a check of torchmetrics' may wait
-        waits=peer in (LIGER, "torchmetrics, 15 bins"),
+        # as in test_guidance.py: nobody promises that no call of it waits
+        waits=peer == LIGER,
         predicted_us=target.predicted_us[("cuda", "triton").index(backend)],
         launches=target.launches if backend == "cuda" else None,
         aim_us=target.most_us,

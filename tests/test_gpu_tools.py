@@ -133,6 +133,49 @@ def test_a_candidate_is_made_once(tune, monkeypatch, tmp_path):
         tune.made([sys.executable, "-c", "raise SystemExit(1)"], ".o", b"")
 
 
+def test_candidates_are_timed_beside_todays_or_refused(tune, monkeypatch):
+    group = tune.Group(**{**GROUP, "candidates": ({"X": 1}, {"X": 2}, {"X": 3})})
+    target = importlib.import_module("gpu_targets").guidance_target("js", (7, 10), (1, 1))
+
+    def wrong(*inputs):
+        return tuple(part + 1 for part in target.call(*inputs))
+
+    def broken(*inputs):
+        raise RuntimeError("CUDA could not reserve shared memory\nat all")
+
+    calls = [target.call, wrong, broken, target.call, target.call]
+    monkeypatch.setattr(tune, "calls_of", lambda *_: calls)
+    monkeypatch.setattr(tune, "SECONDS", 0.002)
+    # a CPU replays no graphs
+    monkeypatch.setattr(tune, "SMALL", 0)
+    rows = tune.timed(group, target, {}, CPU)
+    assert [row["candidate"] for row in rows] == ["today", "X = 1", "X = 2", "X = 3", "today"]
+    assert rows[1]["reason"] == "another result than today's"
+    assert rows[2]["reason"] == "RuntimeError: CUDA could not reserve shared memory"
+    assert all(row["us"] > 0 for row in (rows[0], rows[3], rows[4]))
+    assert "gain" not in tune.judged(group, {target.name: rows})["ranked"][-1]
+
+
+def test_groups_for_which_no_time_is_left_are_named(tune, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(tune, "modules", lambda groups: {})
+    monkeypatch.setenv("CALGUIDE_CUDA_ARCHS", "90")
+    monkeypatch.setenv("CALGUIDE_FORCE_CUDA", "1")
+    rows = [{"candidate": "", "us": 3.0, "share": None}]
+    monkeypatch.setattr(tune, "timed", lambda group, *_: rows * len(tune.in_group(group)))
+    out = tmp_path / "tune.json"
+    assert tune.main(["--out", str(out)]) == 0
+    assert [entry["group"] for entry in json.loads(out.read_text())["groups"]] == [group.name for group in tune.GROUPS]
+    times = iter([0.0, 1.0, 2.0, 2.0, 300.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(times))
+    assert tune.main(["--out", str(out)]) == 0
+    assert json.loads(out.read_text())["left_out"] == [group.name for group in tune.GROUPS[1:]]
+    assert "Keep today's" in capsys.readouterr().out
+
+
 def test_a_candidates_kernels_take_the_place_of_todays(tune, monkeypatch):
     group = tune.Group(**{**GROUP, "backend": "triton", "place": "step"})
     module = SimpleNamespace(X=0)
@@ -217,7 +260,7 @@ def test_targets_are_the_ops_and_their_peers_agree():
         for one, other in zip(*((each,) if isinstance(each, torch.Tensor) else each for each in (found, wanted))):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
         for peer in rows.PEERS[target.op]:
-            if "compile" in peer or rows.missing(peer, CPU):
+            if "compile" in peer or peer == rows.LIGER:
                 continue
             result = rows.peers_call(target, peer)(*inputs)
             if target.op == "guidance":
@@ -240,7 +283,9 @@ def small(monkeypatch):
     monkeypatch.setattr(whole, "adm_unet", unet)
     monkeypatch.setattr(whole, "resnet101", resnet18)
     monkeypatch.setattr(whole, "ABOUT", 0.01)
-    monkeypatch.setattr(whole, "WAYS", [*whole.WAYS[:2], whole.Way("bf16", {"dtype": torch.bfloat16}), whole.WAYS[-1]])
+    monkeypatch.setattr(whole, "FEWEST", 2)
+    option = whole.Way("channels_last", {"channels_last": True})
+    monkeypatch.setattr(whole, "WAYS", [*whole.WAYS[:2], option, whole.WAYS[-1]])
     return whole
 
 
@@ -251,11 +296,16 @@ def test_whole_sampling_gives_equal_images_and_says_what_was_left_out(small, tmp
     equal = results["equal_output"]
     assert equal["most"] < 1e-4 < 1e-3 < equal["guided_by"]
     rows = {row["way"]: row for row in results["rows"]}
-    assert rows[small.EAGER]["images_per_s"] and rows["bf16"]["times_eager"]
+    assert rows[small.EAGER]["images_per_s"] and rows["channels_last"]["times_eager"]
     assert rows[small.EQUAL]["extrapolated"].startswith("250 steps from ")
     # compiling is not begun where a minute is not left
     assert rows[small.WAYS[-1].name]["reason"] == "not measured: no time was left"
     assert "GPU h for 50k" in capsys.readouterr().out and set(results["parts_ms"]) == {"2"}
+    page = (tmp_path / "whole.md").read_text()
+    assert all(f"| 2 | {way} | " in page for way in rows) and "- batch 2: unet" in page
+    # as a GPU's rows are
+    rows[small.EQUAL] |= {"kernels_per_step": 1200.0, "busy_ms_per_step": rows[small.EQUAL]["step_ms"] / 2}
+    assert "| 1200 |  |  | 50% |" in small.page(results)
 
 
 def test_steps_that_are_not_timed_are_added(small, monkeypatch):

@@ -288,13 +288,12 @@ def same(found: Any, wanted: Any) -> bool:
     return all(bool(torch.isclose(one, other, rtol=1e-4, atol=1e-5).all()) for one, other in pairs)
 
 
-def timed(group: Group, target: Any, built: Mapping[tuple[str, str], Path]) -> list[dict[str, Any]]:
+def timed(group: Group, target: Any, built: Mapping[tuple[str, str], Path], device: Any) -> list[dict[str, Any]]:
     """A row for each candidate: its microseconds, its share of a copy's bandwidth, or why it has none."""
     import torch
     from ceiling import bandwidth
     from timing import clock_of, interleaved
 
-    device = torch.device("cuda", 0)
     clock = clock_of(device)
     inputs = target.inputs(device)
     copies = clock.copies(inputs)
@@ -449,7 +448,7 @@ def main(given: list[str] | None = None) -> int:
             break
         found = {}
         for name in group.targets:
-            rows = timed(group, targets[name], built)
+            rows = timed(group, targets[name], built, torch.device("cuda", 0))
             # without today's there is nothing to compare with
             if "us" in rows[0] and "us" in rows[-1]:
                 found[name] = rows
