@@ -262,6 +262,20 @@ def test_what_is_built_from_the_same_sources_is_not_built_again(check, monkeypat
     assert len(ran) == 3
 
 
+def test_a_scripts_results_are_kept_and_it_finds_the_package_that_was_built_here(check, tmp_path):
+    file = tmp_path / "measure.py"
+    file.write_text(
+        "import json, sys, calguide_fast\n"
+        "out, seconds = sys.argv[2], float(sys.argv[4])\n"
+        "open(out, 'w').write(json.dumps([calguide_fast.__file__, seconds]))\n"
+    )
+    result = check.script("measure", str(file), 50.4, 60, tmp_path)
+    assert result["ok"] and result["results"] == [str(ROOT / "calguide_fast" / "__init__.py"), 50.0]
+    file.write_text("raise SystemExit(2)")
+    result = check.script("measure", str(file), 1, 60, tmp_path)
+    assert not result["ok"] and "results" not in result, "an earlier call's results are not this one's"
+
+
 def test_what_kernels_take_is_read(check):
     text = " Function _Z1k:\n  REG:60 STACK:8 SHARED:1372 LOCAL:0 CONSTANT[0]:904\n"
     text += " Function _Z1f:\n  REG:32 STACK:0 SHARED:0 LOCAL:4 TEXTURE:0\n"

@@ -62,6 +62,8 @@ GRACE = 10
 # processes that share out tests, where pytest-xdist is installed
 PROCESSES = 8
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# PyTorch takes longer to begin than the tools wait by themselves, and some of CUDA's answers to what it asks are errors
+PATIENT = ("--launch-timeout=0", "--report-api-errors=no")
 
 
 def run(command: list[str], limit: float, log: Path, **environment: str) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def sanitizer(limit: float, logs: Path) -> dict[str, Any]:
     start = time.monotonic()
 
     def watched(name: str, log: Path) -> dict[str, Any]:
-        command = [tool, "--tool", name, "--error-exitcode", "99", "--target-processes", "all"]
+        command = [tool, "--tool", name, "--error-exitcode", "99", "--target-processes", "all", *PATIENT]
         command += [*PYTEST, "tests/gpu", "-m", "sanitizer"]
         # every tensor an allocation of its own, so that a step beyond it is seen
         result = run(command, limit, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -298,12 +300,14 @@ def tune(limit: float, logs: Path) -> dict[str, Any]:
     return script("gpu_tune", "tools/gpu_tune.py", limit - 30, limit, logs)
 
 
-def script(name: str, path: str, seconds: float, limit: float, logs: Path) -> dict[str, Any]:
+def script(name: str, file: str, seconds: float, limit: float, logs: Path) -> dict[str, Any]:
     """A script of ours that writes its results as it goes, and begins nothing after so many seconds."""
     report = logs / f"{name}.json"
     report.unlink(missing_ok=True)
-    command = [sys.executable, path, "--out", str(report), "--seconds", f"{max(1.0, seconds):.0f}"]
-    result = run(command, limit, logs / f"{name}.log")
+    command = [sys.executable, file, "--out", str(report), "--seconds", f"{max(1.0, seconds):.0f}"]
+    # the package may be built here and installed nowhere
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    result = run(command, limit, logs / f"{name}.log", PYTHONPATH=path)
     if report.exists():
         result["results"] = json.loads(report.read_text())
     return result
