@@ -154,6 +154,8 @@ def test_candidates_are_timed_beside_todays_or_refused(tune, monkeypatch):
     assert rows[2]["reason"] == "RuntimeError: CUDA could not reserve shared memory"
     assert all(row["us"] > 0 for row in (rows[0], rows[3], rows[4]))
     assert "gain" not in tune.judged(group, {target.name: rows})["ranked"][-1]
+    calls[:] = [broken] * 5
+    assert all("us" not in row for row in tune.timed(group, target, {}, CPU))
 
 
 def test_groups_for_which_no_time_is_left_are_named(tune, monkeypatch, tmp_path, capsys):

@@ -318,6 +318,8 @@ def timed(group: Group, target: Any, built: Mapping[tuple[str, str], Path], devi
             # a candidate may be beyond what the device has, which is an answer
             row["reason"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     del wanted
+    if not calls:
+        return rows
     inputs_of = [[()] if small else copies] * len(calls)
     calls_in_one = len(copies) if small else 1
     copying = bandwidth(target.traffic, device)
