@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo train-demo test test-full bench bench-smoke bench-report gpu-check lint clean
+.PHONY: setup demo train-demo test test-full bench bench-smoke bench-report gpu-check gpu-tune lint clean
 
 setup: $(READY)
 
@@ -45,9 +45,15 @@ bench-report: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json $(BENCH)
 	$(BIN)/python benchmarks/report.py out/benchmarks.json $(if $(NAME),--name $(NAME))
 
-# with the PyTorch of $(PYTHON), which is the GPU's; PARTS=build,tests picks parts, LIMIT=60 gives each so many seconds
+# with the PyTorch of $(PYTHON), which is the GPU's; CALL=right, fast or whole picks the parts of ten minutes,
+# PARTS=build,tests any, LIMIT=60 gives each so many seconds; `$(PYTHON) tools/gpu_check.py --plan` lists them
 gpu-check:
-	$(PYTHON) tools/gpu_check.py $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT)) $(if $(LIMIT),--limit $(LIMIT))
+	$(PYTHON) tools/gpu_check.py $(if $(CALL),--call $(CALL)) $(if $(PARTS),--parts $(PARTS)) \
+	    $(if $(OUT),--out $(OUT)) $(if $(LOGS),--logs $(LOGS)) $(if $(LIMIT),--limit $(LIMIT))
+
+# which constants of the kernels this GPU would have otherwise: out/gpu-tune.md
+gpu-tune:
+	$(PYTHON) tools/gpu_tune.py $(if $(OUT),--out $(OUT))
 
 lint: setup
 	$(BIN)/ruff check .

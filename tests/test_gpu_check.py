@@ -33,24 +33,35 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("parts", [("build", "tests"), ("triton", "sanitizer")])
-def test_limits_fit_two_calls_of_ten_minutes_with_what_lies_between(parts, check):
-    assert set(check.LIMITS) == set(check.PARTS) and set(parts) <= set(check.DEFAULT)
-    assert sum(check.LIMITS[part] + check.GRACE for part in parts) <= 585
+@pytest.mark.parametrize("call", ["right", "fast", "whole"])
+def test_each_call_fits_ten_minutes_with_what_lies_between(call, check, capsys):
+    assert set(check.LIMITS) == set(check.PARTS) and set(check.CALLS) == {"right", "fast", "whole"}
+    # every call may find a machine that knows of no other
+    assert check.CALLS[call][0] == "build" and set(check.CALLS[call]) <= set(check.PARTS)
+    assert sum(check.LIMITS[part] + check.GRACE for part in check.CALLS[call]) <= 580
+    assert check.main(["--plan"]) == 0
+    assert f"--call {call}: at most" in capsys.readouterr().out
 
 
-def test_a_command_that_ends_and_one_that_does_not(check, interruptible, monkeypatch):
-    done = check.run([sys.executable, "-c", "import os; print(os.environ['WORD'])"], 60, WORD="seen")
-    assert done["ok"] and done["output"] == "seen\n" and done["status"] == "exit status 0"
-    failed = check.run([sys.executable, "-c", "raise SystemExit(3)"], 60)
+def test_the_calls_together_leave_time_to_begin_in_half_an_hour(check):
+    assert sum(check.LIMITS[part] + check.GRACE for parts in check.CALLS.values() for part in parts) <= 1600
+    # all but the whole of the benchmarks, which takes as long as all else
+    assert {part for parts in check.CALLS.values() for part in parts} == set(check.PARTS) - {"bench"}
+
+
+def test_a_command_that_ends_and_one_that_does_not(check, interruptible, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    done = check.run([sys.executable, "-c", "import os; print(os.environ['WORD'])"], 60, log, WORD="seen")
+    assert done["ok"] and done["output"] == log.read_text() == "seen\n" and done["status"] == "exit status 0"
+    failed = check.run([sys.executable, "-c", "raise SystemExit(3)"], 60, log)
     assert not failed["ok"] and failed["status"] == "exit status 3"
     # a child that holds on to the output does not hold the check up
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    late = check.run([sys.executable, "-c", child], 1)
+    late = check.run([sys.executable, "-c", child], 1, log)
     assert not late["ok"] and late["status"] == "interrupted after 1 s" and late["seconds"] < 30
     monkeypatch.setattr(check, "GRACE", 1)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
-    late = check.run([sys.executable, "-c", deaf], 2)
+    late = check.run([sys.executable, "-c", deaf], 2, log)
     assert not late["ok"] and late["status"] == "killed after 2 s" and late["seconds"] < 30 and late["output"] == "on\n"
 
 
@@ -59,7 +70,7 @@ def test_a_run_of_pytest_that_is_cut_short_says_what_it_found(check, interruptib
         "import time\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(600)\n"
     )
     report = tmp_path / "report.xml"
-    late = check.run([*check.PYTEST, str(tmp_path), "-c", "/dev/null", f"--junit-xml={report}"], 6)
+    late = check.run([*check.PYTEST, str(tmp_path), "-c", "/dev/null", f"--junit-xml={report}"], 6, tmp_path / "log")
     found = check.junit_summary(report)
     assert not late["ok"] and late["status"] == "interrupted after 6 s" and "KeyboardInterrupt" in late["output"]
     assert found["passed"] == 1 and found["failed"] == 1
@@ -78,7 +89,7 @@ def test_a_run_of_pytest_is_summed_up(check, tmp_path):
         "def test_broken(broken): pass\n"
     )
     report = tmp_path / "report.xml"
-    check.run([*check.PYTEST, str(tmp_path), "-c", "/dev/null", f"--junit-xml={report}"], 120)
+    check.run([*check.PYTEST, str(tmp_path), "-c", "/dev/null", f"--junit-xml={report}"], 120, tmp_path / "log")
     found = check.junit_summary(report)
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, {"one GPU is present": 1})
     bad, broken = found["failures"].items()
@@ -160,7 +171,7 @@ def test_what_differs_from_the_commit_has_a_name(check, tmp_path, monkeypatch):
     assert len(set(names)) == 5 and all(len(name) == 12 for name in names[2:])
 
 
-def test_triton_is_compiled_side_by_side_where_that_is_possible(check, monkeypatch):
+def test_tests_run_side_by_side_where_that_is_possible(check, monkeypatch):
     monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     assert check.side_by_side() == []
     monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name)
@@ -173,17 +184,20 @@ def test_all_of_it_with_parts_that_are_stand_ins(check, tmp_path, monkeypatch, c
     ran = []
 
     def part(name, ok):
-        return lambda limit: ran.append((name, limit)) or {"ok": ok, "seconds": 0.5}
+        return lambda limit, logs: ran.append((name, limit)) or {"ok": ok, "seconds": 0.5}
 
     monkeypatch.setattr(check, "PARTS", {name: part(name, name != "bench") for name in check.PARTS})
-    path = tmp_path / "kept" / "found.json"
-    assert check.main(["--parts", "tests,build", "--out", str(path)]) == 0
+    path, logs = tmp_path / "kept" / "found.json", f"--logs={tmp_path / 'logs'}"
+    assert check.main(["--parts", "tests,build", "--out", str(path), logs]) == 0
     assert ran == [("build", check.LIMITS["build"]), ("tests", check.LIMITS["tests"])]
     assert "may last" not in capsys.readouterr().out
-    assert check.main(["--out", str(tmp_path / "whole.json")]) == 0
+    assert check.main(["--out", str(tmp_path / "whole.json"), logs, "--limit", "200"]) == 0
     assert [name for name, _ in ran[2:]] == ["build", "tests", "triton", "sanitizer"], "the benchmarks are asked for"
-    assert "this may last 950 s; where a call may last 600, run --parts build,tests and" in capsys.readouterr().out
-    assert check.main(["--parts", "bench", "--out", str(path), "--limit", "7"]) == 1
+    assert "this may last 800 s; where a call may last 600, see --plan" in capsys.readouterr().out
+    ran.clear()
+    assert check.main(["--call", "whole", "--out", str(tmp_path / "call.json"), logs]) == 0
+    assert [name for name, _ in ran] == ["build", "end_to_end", "tune"] and (tmp_path / "logs").is_dir()
+    assert check.main(["--parts", "bench", "--out", str(path), logs, "--limit", "7"]) == 1
     assert ran[-1] == ("bench", 7.0) and "bench: FAILED" in capsys.readouterr().out
     found = json.loads(path.read_text())
     assert list(found["parts"]) == ["build", "tests", "bench"] and found["ok"] is False
@@ -191,24 +205,92 @@ def test_all_of_it_with_parts_that_are_stand_ins(check, tmp_path, monkeypatch, c
         check.main(["--parts", "test"])
 
 
-def test_there_is_something_to_sanitize(check):
-    listed = check.run([*check.PYTEST, "tests/gpu", "-m", "sanitizer", "--collect-only"], 120)
+def test_there_is_something_to_sanitize(check, tmp_path):
+    command = [*check.PYTEST, "tests/gpu", "-m", "sanitizer", "--collect-only"]
+    listed = check.run(command, 120, tmp_path / "log")
     assert listed["ok"] and "test_gpu_sanitized.py" in listed["output"]
     # it is ten to a hundred times slower than a test alone
     assert 0 < listed["output"].count("test_gpu_sanitized.py::") <= 30
 
 
-def test_tools_that_no_time_is_left_for_say_so(check, monkeypatch):
-    monkeypatch.setattr(check.shutil, "which", lambda *_, **__: "/bin/true")
-    result = check.sanitizer(0)
-    assert not result["ok"]
-    assert {tool["status"] for tool in result["tools"].values()} == {"not started: no time was left"}
+def test_all_sanitizers_run_and_one_that_finds_something_fails(check, monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    count = "$([ $2 = racecheck ] && echo 3 || echo 0)"
+    tool.write_text(
+        f'#!/bin/sh\necho "$2 $PYTORCH_NO_CUDA_MEMORY_CACHING"\necho "===== ERROR SUMMARY: {count} errors"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(check.shutil, "which", lambda *_, **__: str(tool))
+    result = check.sanitizer(30, tmp_path)
+    assert not result["ok"] and {name: tool["errors"] for name, tool in result["tools"].items()} == {
+        "memcheck": 0, "racecheck": 3, "initcheck": 0, "synccheck": 0,
+    }  # fmt: skip
+    assert [tool["ok"] for tool in result["tools"].values()] == [True, False, True, True]
+    assert all(f"{name} 1\n" in (tmp_path / "sanitizer.log").read_text() for name in check.SANITIZERS)
 
 
-def test_no_sanitizer_is_a_failure(check, monkeypatch):
+@pytest.mark.parametrize(("part", "tool"), [("sanitizer", "compute-sanitizer"), ("resources", "cuobjdump")])
+def test_a_tool_that_is_missing_is_a_failure(part, tool, check, monkeypatch, tmp_path):
     monkeypatch.setattr(check.shutil, "which", lambda *_, **__: None)
-    result = check.sanitizer(10)
-    assert not result["ok"] and "compute-sanitizer is neither on PATH" in result["status"]
+    result = check.PARTS[part](10, tmp_path)
+    assert not result["ok"] and f"{tool} is neither on PATH" in result["status"]
+
+
+def test_what_is_built_from_the_same_sources_is_not_built_again(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "calguide_fast").mkdir()
+    for name in ("setup.py", "csrc/a.cu"):
+        (tmp_path / name).write_text("1")
+    ran = []
+
+    def builds(command, limit, log, **environment):
+        ran.append(environment["CALGUIDE_CUDA_ARCHS"])
+        for module in check.native_modules():
+            module.write_text("")
+        return {"ok": True, "seconds": 1.0}
+
+    monkeypatch.setattr(check, "run", builds)
+    for _ in range(2):
+        assert check.build(10, tmp_path)["ok"]
+    assert ran == ["90"]
+    (tmp_path / "csrc" / "a.cu").write_text("2")
+    check.build(10, tmp_path)
+    check.native_modules()[1].unlink()
+    check.build(10, tmp_path)
+    assert len(ran) == 3
+
+
+def test_a_scripts_results_are_kept_and_it_finds_the_package_that_was_built_here(check, tmp_path):
+    file = tmp_path / "measure.py"
+    file.write_text(
+        "import json, sys, calguide_fast\n"
+        "out, seconds = sys.argv[2], float(sys.argv[4])\n"
+        "open(out, 'w').write(json.dumps([calguide_fast.__file__, seconds]))\n"
+    )
+    result = check.script("measure", str(file), 50.4, 60, tmp_path)
+    assert result["ok"] and result["results"] == [str(ROOT / "calguide_fast" / "__init__.py"), 50.0]
+    file.write_text("raise SystemExit(2)")
+    result = check.script("measure", str(file), 1, 60, tmp_path)
+    assert not result["ok"] and "results" not in result, "an earlier call's results are not this one's"
+
+
+def test_what_kernels_take_is_read(check):
+    text = " Function _Z1k:\n  REG:60 STACK:8 SHARED:1372 LOCAL:0 CONSTANT[0]:904\n"
+    text += " Function _Z1f:\n  REG:32 STACK:0 SHARED:0 LOCAL:4 TEXTURE:0\n"
+    assert check.kernel_resources(text) == [
+        {"kernel": "_Z1k", "registers": 60, "stack": 8, "shared": 1372, "local": 0},
+        {"kernel": "_Z1f", "registers": 32, "stack": 0, "shared": 0, "local": 4},
+    ]
+
+
+def test_a_target_is_seen_beside_what_was_foreseen(check):
+    row = {"group": "guidance js (cuda)", "ours_us": 10.0, "ratio": 2.0, "peer": "eager", "share_of_copy": 0.4}
+    assert check.target_line(row) == "guidance js (cuda): 10 us, 40% of a copy; eager 2.00 x"
+    row |= {"graph_ours_us": 5.0, "graph_ratio": 3.0, "predicted_us": 4.0, "aim_us": 5.0}
+    line = check.target_line(row)
+    assert line == "guidance js (cuda): 5 us (foreseen 4), 80% of a copy, aim 5 us; eager 3.00 x"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")

@@ -12,6 +12,7 @@
 #include "cuda/guidance.h"
 #include "cuda/place.h"
 #include "cuda/rows.h"
+#include "cuda/tuning.h"
 
 namespace calguide {
 
@@ -223,11 +224,12 @@ CALGUIDE_DEVICE void guide_row(const Task<RealOf<S>>& task, const Group& group, 
   });
 }
 
-constexpr int most_rows_a_block = 4;
+constexpr int most_rows_a_block = CALGUIDE_GUIDE_WARPS;
 
 // LENGTH is the longest row that the registers of a warp hold
 template <class T, Summation S, int LENGTH>
-__global__ void __launch_bounds__(warp_size* most_rows_a_block) guide_warp_rows(const Task<RealOf<S>> task) {
+__global__ void __launch_bounds__(warp_size* most_rows_a_block, S == sum_of_doubles ? 0 : CALGUIDE_GUIDE_WARP_BLOCKS)
+    guide_warp_rows(const Task<RealOf<S>> task) {
   using Row = RegisterRow<T, WarpGroup, LENGTH>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; b < task.arguments.batch; b += step) {
@@ -235,11 +237,12 @@ __global__ void __launch_bounds__(warp_size* most_rows_a_block) guide_warp_rows(
   }
 }
 
-constexpr int block_threads = 256;
+constexpr int block_threads = CALGUIDE_GUIDE_THREADS;
 using RowBlock = BlockGroup<block_threads>;
 
 template <class T, Summation S, template <class, class> class Row>
-__global__ void __launch_bounds__(block_threads, 1) guide_block_rows(const Task<RealOf<S>> task) {
+__global__ void __launch_bounds__(block_threads, S == sum_of_doubles ? 1 : CALGUIDE_GUIDE_BLOCKS)
+    guide_block_rows(const Task<RealOf<S>> task) {
   CALGUIDE_SHARED(double, scratch, RowBlock::scratch_length);
   CALGUIDE_DYNAMIC_SHARED(float, shared);
   for (int64_t b = blockIdx.x; b < task.arguments.batch; b += gridDim.x) {
@@ -253,7 +256,7 @@ template <class T, Summation S, int LENGTH>
 static void launch_warp_rows(const Task<RealOf<S>>& task, const Place& place) {
   const int64_t batch = task.arguments.batch;
   // few rows are spread over all multiprocessors, one warp a block
-  const int rows = batch > 2048 ? most_rows_a_block : 1;
+  const int rows = batch > CALGUIDE_GUIDE_MANY_ROWS ? most_rows_a_block : 1;
   const int64_t blocks = (batch + rows - 1) / rows;
   const dim3 grid(static_cast<unsigned>(blocks < most_blocks ? blocks : most_blocks)), block(warp_size, rows);
   CALGUIDE_LAUNCH((guide_warp_rows<T, S, LENGTH>), grid, block, 0, place.stream(), task);
@@ -267,7 +270,7 @@ static void launch_block_rows(const Task<RealOf<S>>& task, const Place& place) {
   // beside what the kernel has of its own, and the system
   const int64_t most = place.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
                        static_cast<int64_t>(RowBlock::scratch_length * sizeof(double)) - 1024;
-  if (bytes > most) {
+  if (bytes > most || bytes > CALGUIDE_GUIDE_SHARED_BYTES) {
     CALGUIDE_LAUNCH((guide_block_rows<T, S, GlobalRow>), grid, block, 0, place.stream(), task);
     return;
   }
@@ -286,7 +289,8 @@ static void launch_rows(const GuidanceArguments& arguments, const Place& place) 
   if (arguments.classes <= 256) return launch_warp_rows<T, S, 256>(task, place);
   // in double a longer row would not fit the registers
   if constexpr (S != sum_of_doubles) {
-    if (arguments.classes <= 1024) return launch_warp_rows<T, S, 1024>(task, place);
+    constexpr int most = CALGUIDE_GUIDE_WARP_CLASSES;
+    if (arguments.classes <= most) return launch_warp_rows<T, S, most>(task, place);
   }
   launch_block_rows<T, S>(task, place);
 }

@@ -4,12 +4,11 @@
 #include "cuda/smooth_ece_deposit.h"
 #include "cuda/smooth_ece_gradient.h"
 #include "cuda/smooth_ece_search.h"
+#include "cuda/tuning.h"
 
 namespace calguide {
 namespace {
 
-// below so many samples it costs more to clear and empty the blocks' own tables than they spare
-constexpr int64_t least_shared_samples = 1 << 16;
 // the blocks that sum the weights follow from the samples alone, so that every device gives the same bits
 constexpr int64_t samples_per_part = 4096, least_parts = 16;
 
@@ -24,7 +23,7 @@ void deposit(const SmoothEceArguments& a, SmoothEceScratch* scratch, int parts, 
   const int64_t multiprocessors = place.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t blocks = within(ceiling(a.count, DepositBlock::size), 1, 2 * multiprocessors);
   const dim3 block(DepositBlock::size);
-  if (a.count < least_shared_samples ||
+  if (a.count < CALGUIDE_DEPOSIT_SHARED_SAMPLES ||
       place.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) < static_cast<int>(SharedTable::bytes)) {
     CALGUIDE_LAUNCH((deposit_kernel<Real, GlobalTable>), dim3(static_cast<unsigned>(blocks)), block, 0, place.stream(),
                     a, scratch, parts);

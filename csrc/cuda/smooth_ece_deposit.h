@@ -4,11 +4,12 @@
 
 #include "cuda/group.h"
 #include "cuda/smooth_ece_samples.h"
+#include "cuda/tuning.h"
 
 namespace calguide {
 
 using PrepareBlock = BlockGroup<256>;
-using DepositBlock = BlockGroup<1024>;
+using DepositBlock = BlockGroup<CALGUIDE_DEPOSIT_THREADS>;
 
 // The grid's own table.
 struct GlobalTable {

@@ -7,6 +7,7 @@
 
 #include "cuda/place.h"
 #include "cuda/tilt_kernels.h"
+#include "cuda/tuning.h"
 #include "philox.h"
 #include "step_math.h"
 #include "storage.h"
@@ -14,7 +15,7 @@
 namespace calguide {
 namespace {
 
-constexpr int step_threads = 256;
+constexpr int step_threads = CALGUIDE_STEP_THREADS;
 using Block = BlockGroup<step_threads>;
 
 template <class T>
@@ -267,10 +268,9 @@ struct Grid {
 // works out for its image is worked out less often.
 Grid grid_for(int64_t batch, int64_t elements, const Place& place) {
   const int64_t quads = (elements + 3) / 4, needed = (quads + step_threads - 1) / step_threads;
-  const int64_t wanted = 32 * static_cast<int64_t>(place.attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t wanted = CALGUIDE_STEP_BLOCKS * static_cast<int64_t>(place.attribute(cudaDevAttrMultiProcessorCount));
   const int64_t fair = (wanted + batch - 1) / batch;
-  // four quads a thread at most
-  const int64_t least = (needed + 3) / 4;
+  const int64_t least = (needed + CALGUIDE_STEP_QUADS - 1) / CALGUIDE_STEP_QUADS;
   int64_t blocks = needed < fair ? needed : fair;
   blocks = blocks < least ? least : blocks;
   if (batch * blocks > 0x7fffffff) throw std::runtime_error("the batch has more images than CUDA's grids hold");

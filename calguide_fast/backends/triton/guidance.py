@@ -39,6 +39,9 @@ _IN_DOUBLE = (6, 7, 8)
 # each thread computes the numbers of all rows that it has a part of.
 NARROWEST = 256
 WIDEST = 2048
+# warps of a program, one for 256 classes of its tile, and how many tiles of a long row are on their way at once
+LEAST_WARPS, MOST_WARPS = 4, 8
+STAGES = 3
 
 
 @triton.jit
@@ -334,6 +337,6 @@ def guidance_gradient(
             *doubles(order, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight),
             DIVERGENCE=divergence, ADAPTIVE=adaptive_entropy, REAL=tl.float64 if in_double else tl.float32,
             ROWS=rows, BLOCK=block, FITS=block >= classes, GROUP=group,
-            num_warps=min(max(4, rows * block // 256), 8), enable_fp_fusion=True,
+            num_warps=min(max(LEAST_WARPS, rows * block // 256), MOST_WARPS), num_stages=STAGES, enable_fp_fusion=True,
         )  # fmt: skip
     return grad, stats

@@ -13,6 +13,9 @@ from calguide_fast.backends.triton.launch import as_double, device_of, doubles, 
 from calguide_fast.backends.triton.noise import TILE, UNFUSED, normals
 from calguide_fast.backends.triton.tilt import softmax_sums, tilt_weight
 
+# of a program
+WARPS = 4
+
 
 @triton.jit
 def _place(elements, pixels, batch, IMAGES: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr):
@@ -154,7 +157,8 @@ def _tiles(batch: int, elements: int, pixels: int) -> tuple[tuple[int], dict[str
     """The grid over all images, and what a kernel is told of its tile."""
     images, block = tile_shape(elements, TILE, TILE)
     grid = (triton.cdiv(batch, images) * triton.cdiv(elements, block),)
-    return grid, {"IMAGES": images, "BLOCK": block, "INDEX": tl.int32 if pixels < 2**30 else tl.int64, **UNFUSED}
+    index = tl.int32 if pixels < 2**30 else tl.int64
+    return grid, {"IMAGES": images, "BLOCK": block, "INDEX": index, "num_warps": WARPS, **UNFUSED}
 
 
 def predict_x0(x_t: Tensor, model_output: Tensor, coefficients: Tensor, clip: bool, out: Tensor) -> Tensor:
