@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "cpu/kernels/lanes.h"
 #include "cpu/kernels/rows.h"
 
 namespace calguide {
@@ -37,43 +38,55 @@ struct Row {
   Label<double> label;
 };
 
-template <Marginal M, bool SumD, class Real>
-ExpSums<double> exp_pass(const Row<Real>& row, int64_t count, Real temperature) {
-  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  Real* e = static_cast<Real*>(__builtin_assume_aligned(row.e, 64));
-  Real* e2 = static_cast<Real*>(__builtin_assume_aligned(row.e2, 64));
-  const Real max = row.max, log2_e = static_cast<Real>(1.4426950408889634);
-  const Real half_log2_e = log2_e / 2, scale = temperature * log2_e, lowest = static_cast<Real>(-1e30);
-  ExpSums<double> total = {};
-  for (int64_t begin = 0; begin < count; begin += block_length) {
-    const int64_t end = begin + block_length < count ? begin + block_length : count;
-    Real s = 0, s2 = 0, ed = 0, sum_d = 0;
-#pragma omp simd reduction(+ : s, s2, ed, sum_d)
-    for (int64_t i = begin; i < end; ++i) {
-      const Real d = x[i] - max;
-      Real exponential;
-      if constexpr (M == marginal_half) {
-        const Real half = exp2_product(d, half_log2_e);
-        exponential = half * half;
-        e[i] = half;
-        s2 += half;
-      } else {
-        exponential = exp2_product(d, log2_e);
-        e[i] = exponential;
-        if constexpr (M == marginal_general) {
-          const Real other = exp2_product(d, scale);
-          e2[i] = other;
-          s2 += other;
-        }
-      }
-      s += exponential;
-      ed += exponential * d;
-      if constexpr (SumD) sum_d += x[i] == padding ? 0 : d < lowest ? lowest : d;
+template <class Real>
+struct LaneSums {
+  Vector<Real> s, s2, ed, d;
+};
+
+// Exponentials of a vector of classes, of which some may be padding.
+template <Marginal M, bool SumD, bool Padded, class Real>
+CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperature, LaneSums<Real>& sums) {
+  using Lanes = Vector<Real>;
+  const Real log2_e = static_cast<Real>(1.4426950408889634);
+  const Lanes x = load_lanes<Real>(row.x + i), d = x - static_cast<Real>(row.max);
+  Lanes exponential;
+  if constexpr (M == marginal_half) {
+    const Lanes half = exp2_lanes<Real>(d, log2_e / 2);
+    exponential = half * half;
+    store_lanes<Real>(row.e + i, half);
+    sums.s2 += half;
+  } else {
+    exponential = exp2_lanes<Real>(d, log2_e);
+    store_lanes<Real>(row.e + i, exponential);
+    if constexpr (M == marginal_general) {
+      const Lanes other = exp2_lanes<Real>(d, temperature * log2_e);
+      store_lanes<Real>(row.e2 + i, other);
+      sums.s2 += other;
     }
-    total.s += s;
-    total.s2 += s2;
-    total.ed += ed;
-    total.d += sum_d;
+  }
+  sums.s += exponential;
+  sums.ed += exponential * d;
+  if constexpr (SumD) {
+    const Lanes zero = {}, bounded = max_lanes<Real>(d, zero - static_cast<Real>(1e30));
+    sums.d += Padded ? (x == zero + static_cast<Real>(padding) ? zero : bounded) : bounded;
+  }
+}
+
+template <Marginal M, bool SumD, class Real>
+ExpSums<double> exp_pass(const Row<Real>& row, int64_t padded, Real temperature) {
+  const int64_t whole = row.count / width<Real> * width<Real>;
+  ExpSums<double> total = {};
+  for (int64_t i = 0; i < padded;) {
+    const int64_t end = i + block_length < whole ? i + block_length : whole;
+    LaneSums<Real> sums = {};
+    for (; i < end; i += width<Real>) exp_vector<M, SumD, false>(row, i, temperature, sums);
+    if (end == whole) {
+      for (; i < padded; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
+    }
+    total.s += sum_of_lanes<Real>(sums.s);
+    total.s2 += sum_of_lanes<Real>(sums.s2);
+    total.ed += sum_of_lanes<Real>(sums.ed);
+    total.d += sum_of_lanes<Real>(sums.d);
   }
   return total;
 }
@@ -151,18 +164,18 @@ void write_gradient(const Row<Real>& row, const GradientForm<Real>& form, Margin
 }
 
 template <class Real>
-ExpSums<double> exponentials(const Row<Real>& row, int64_t count, const Settings& settings, bool sum_d) {
+ExpSums<double> exponentials(const Row<Real>& row, int64_t padded, const Settings& settings, bool sum_d) {
   const Real temperature = static_cast<Real>(settings.guidance.marginal_temperature);
   switch (settings.marginal) {
     case marginal_same:
-      return sum_d ? exp_pass<marginal_same, true>(row, count, temperature)
-                   : exp_pass<marginal_same, false>(row, count, temperature);
+      return sum_d ? exp_pass<marginal_same, true>(row, padded, temperature)
+                   : exp_pass<marginal_same, false>(row, padded, temperature);
     case marginal_half:
-      return sum_d ? exp_pass<marginal_half, true>(row, count, temperature)
-                   : exp_pass<marginal_half, false>(row, count, temperature);
+      return sum_d ? exp_pass<marginal_half, true>(row, padded, temperature)
+                   : exp_pass<marginal_half, false>(row, padded, temperature);
     default:
-      return sum_d ? exp_pass<marginal_general, true>(row, count, temperature)
-                   : exp_pass<marginal_general, false>(row, count, temperature);
+      return sum_d ? exp_pass<marginal_general, true>(row, padded, temperature)
+                   : exp_pass<marginal_general, false>(row, padded, temperature);
   }
 }
 
@@ -221,7 +234,7 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
   // where a padding class would have infinite terms the last vector is handled element by element
   const int64_t count = settings.traits.vanishes_finitely ? padded : row.count;
 
-  ExpSums<double> sums = exponentials(row, count, settings, settings.traits.reverse_kl);
+  ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl);
   sums.count = static_cast<double>(row.count);
   if (!(isfinite(sums.ed) && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
