@@ -73,7 +73,9 @@ CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperatur
 }
 
 template <Marginal M, bool SumD, class Real>
-ExpSums<double> exp_pass(const Row<Real>& row, int64_t padded, Real temperature) {
+ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperature) {
+  // a copy that no store can reach stays in registers
+  const Row<Real> row = given;
   const int64_t whole = row.count / width<Real> * width<Real>;
   ExpSums<double> total = {};
   for (int64_t i = 0; i < padded;) {
@@ -115,20 +117,35 @@ TermSums<double> term_pass(const Row<Real>& row, int64_t count, const ClassWeigh
   return total;
 }
 
+// gradients of a vector of classes
+template <Marginal M, bool HasLog, bool HasW, class Real>
+CALGUIDE_INLINE Vector<Real> gradient_vector(const Row<Real>& row, const GradientForm<Real>& form, int64_t i) {
+  using Lanes = Vector<Real>;
+  const Lanes stored = load_lanes<Real>(row.e + i);
+  const Lanes e = M == marginal_half ? stored * stored : stored;
+  const Lanes e2 = M == marginal_general ? load_lanes<Real>(row.e2 + i) : stored;
+  const Lanes d = HasLog ? load_lanes<Real>(row.x + i) - static_cast<Real>(row.max) : Lanes{};
+  const Lanes w = HasW ? load_lanes<Real>(row.w + i) : Lanes{};
+  return gradient_of<M, HasLog, HasW>(form, e, e2, d, w);
+}
+
 template <Marginal M, bool HasLog, bool HasW, class Real, class T>
-void gradient_pass(const Row<Real>& row, const GradientForm<Real>& form, T* grad) {
-  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
-  const Real* e2 = static_cast<const Real*>(__builtin_assume_aligned(row.e2, 64));
-  const Real* w = static_cast<const Real*>(__builtin_assume_aligned(row.w, 64));
-  const Real max = row.max;
-  const GradientForm<Real> of = form;
-#pragma omp simd
-  for (int64_t i = 0; i < row.count; ++i) {
-    const Real exponential = M == marginal_half ? e[i] * e[i] : e[i];
-    const Real second = M == marginal_general ? e2[i] : e[i];
-    const Real g = gradient_of<M, HasLog, HasW>(of, exponential, second, x[i] - max, HasW ? w[i] : Real(0));
-    store_float(grad + i, static_cast<float>(g));
+void gradient_pass(const Row<Real>& given_row, const GradientForm<Real>& given_form, T* grad) {
+  // copies that no store can reach stay in registers
+  const Row<Real> row = given_row;
+  const GradientForm<Real> form = given_form;
+  constexpr int64_t step = width<Real>;
+  for (int64_t i = 0; i + step <= row.count; i += step) {
+    store_lanes<Real>(grad + i, gradient_vector<M, HasLog, HasW>(row, form, i));
+  }
+  if (row.count % step == 0) return;
+  if (row.count > step) {
+    // the last vector takes some classes again
+    store_lanes<Real>(grad + row.count - step, gradient_vector<M, HasLog, HasW>(row, form, row.count - step));
+  } else {
+    alignas(vector_bytes) Real few[step];
+    store_lanes<Real>(few, gradient_vector<M, HasLog, HasW>(row, form, 0));
+    for (int64_t i = 0; i < row.count; ++i) store_float(grad + i, static_cast<float>(few[i]));
   }
 }
 

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "storage.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -79,8 +81,35 @@ CALGUIDE_INLINE Vector<Real> load_lanes(const Float16* from) {
 }
 
 template <class Real>
-CALGUIDE_INLINE void store_lanes(Real* to, Vector<Real> lanes) {
-  memcpy(to, &lanes, sizeof lanes);
+CALGUIDE_INLINE Vector<Real> load_lanes(const double* from) {
+  Vector<Real> lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+// Puts the lanes side by side, as whatever is stored there.
+template <class Real, class Stored>
+CALGUIDE_INLINE void store_lanes(Stored* to, Vector<Real> lanes) {
+  constexpr bool is_float = sizeof(Real) == sizeof(float);
+  if constexpr (std::is_same<Stored, Real>::value) {
+    memcpy(to, &lanes, sizeof lanes);
+  } else if constexpr (is_float && std::is_same<Stored, BFloat16>::value) {
+    const Vector<uint32_t> bits = bfloat16_bits(reinterpret_cast<Vector<uint32_t>>(lanes));
+    const VectorBeside<uint16_t, Real> stored = __builtin_convertvector(bits, VectorBeside<uint16_t, Real>);
+    memcpy(to, &stored, sizeof stored);
+#if defined(__AVX512F__)
+  } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(reinterpret_cast<__m512>(lanes), 0));
+#elif defined(__F16C__)
+  } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(reinterpret_cast<__m256>(lanes), 0));
+#endif
+  } else {
+    alignas(vector_bytes) Real each[width<Real>];
+    memcpy(each, &lanes, sizeof lanes);
+#pragma omp simd
+    for (int64_t i = 0; i < width<Real>; ++i) store_float(to + i, static_cast<float>(each[i]));
+  }
 }
 
 // the greater of each two, or max where x is NaN
