@@ -26,6 +26,18 @@ struct Settings {
   Marginal marginal;
 };
 
+// What the caches may fetch while the exponentials keep the arithmetic busy.
+struct Ahead {
+  const char* logits;  // of the next row
+  char* grad;
+  int64_t bytes;  // of a class
+
+  void prefetch(int64_t i) const {
+    __builtin_prefetch(logits + i * bytes);
+    __builtin_prefetch(grad + i * bytes, 1);
+  }
+};
+
 // `count` classes other than the label, padded to whole vectors; the label apart
 template <class Real>
 struct Row {
@@ -73,7 +85,7 @@ CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperatur
 }
 
 template <Marginal M, bool SumD, class Real>
-ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperature) {
+ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperature, Ahead ahead) {
   // a copy that no store can reach stays in registers
   const Row<Real> row = given;
   const int64_t whole = row.count / width<Real> * width<Real>;
@@ -81,7 +93,10 @@ ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperatur
   for (int64_t i = 0; i < padded;) {
     const int64_t end = i + block_length < whole ? i + block_length : whole;
     LaneSums<Real> sums = {};
-    for (; i < end; i += width<Real>) exp_vector<M, SumD, false>(row, i, temperature, sums);
+    for (; i < end; i += width<Real>) {
+      ahead.prefetch(i);
+      exp_vector<M, SumD, false>(row, i, temperature, sums);
+    }
     if (end == whole) {
       for (; i < padded; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
     }
@@ -181,18 +196,19 @@ void write_gradient(const Row<Real>& row, const GradientForm<Real>& form, Margin
 }
 
 template <class Real>
-ExpSums<double> exponentials(const Row<Real>& row, int64_t padded, const Settings& settings, bool sum_d) {
+ExpSums<double> exponentials(const Row<Real>& row, int64_t padded, const Settings& settings, bool sum_d,
+                             const Ahead& ahead) {
   const Real temperature = static_cast<Real>(settings.guidance.marginal_temperature);
   switch (settings.marginal) {
     case marginal_same:
-      return sum_d ? exp_pass<marginal_same, true>(row, padded, temperature)
-                   : exp_pass<marginal_same, false>(row, padded, temperature);
+      return sum_d ? exp_pass<marginal_same, true>(row, padded, temperature, ahead)
+                   : exp_pass<marginal_same, false>(row, padded, temperature, ahead);
     case marginal_half:
-      return sum_d ? exp_pass<marginal_half, true>(row, padded, temperature)
-                   : exp_pass<marginal_half, false>(row, padded, temperature);
+      return sum_d ? exp_pass<marginal_half, true>(row, padded, temperature, ahead)
+                   : exp_pass<marginal_half, false>(row, padded, temperature, ahead);
     default:
-      return sum_d ? exp_pass<marginal_general, true>(row, padded, temperature)
-                   : exp_pass<marginal_general, false>(row, padded, temperature);
+      return sum_d ? exp_pass<marginal_general, true>(row, padded, temperature, ahead)
+                   : exp_pass<marginal_general, false>(row, padded, temperature, ahead);
   }
 }
 
@@ -243,7 +259,7 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
 // them.
 template <class Real>
 bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
-               Solution<Real>& solution) {
+               const Ahead& ahead, Solution<Real>& solution) {
   const GuidanceArguments& arguments = *settings.arguments;
   const GuidanceSettings<double>& guidance = settings.guidance;
   const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
@@ -251,7 +267,7 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
   // where a padding class would have infinite terms the last vector is handled element by element
   const int64_t count = settings.traits.vanishes_finitely ? padded : row.count;
 
-  ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl);
+  ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
   if (!(isfinite(sums.ed) && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
@@ -298,7 +314,7 @@ void fill_invalid(const GuidanceArguments& arguments, int64_t b, T* grad) {
 
 // A row with masked classes or huge logits: the finite classes alone, as if the others did not exist.
 template <class Real, class T>
-void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t b, T* grad) {
+void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t b, const Ahead& ahead, T* grad) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int64_t classes = arguments.classes;
   float max = -INFINITY;
@@ -330,7 +346,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   }
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(finite), row.label.present);
   Solution<Real> solution;
-  solve_row(settings, prior, row, b, solution);
+  solve_row(settings, prior, row, b, ahead, solution);
   write_solution(row, solution, settings.marginal, compact);
   for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
   store_float(grad + label, static_cast<float>(solution.form.label));
@@ -344,6 +360,9 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   const int64_t last = arguments.classes - 1;
   const int64_t label = arguments.labels[b * arguments.label_stride];
   T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
+  const T* next =
+      static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
+  const Ahead ahead = {reinterpret_cast<const char*>(next), reinterpret_cast<char*>(grad), sizeof(T)};
   row.max = load_row<T>(arguments, b, row.x);
   row.label.present = true;
   row.label.logit = row.x[label];
@@ -353,9 +372,9 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   row.x[label] = row.x[last];
   row.count = last;
   Solution<Real> solution;
-  if (!solve_row(settings, prior, row, b, solution)) {
+  if (!solve_row(settings, prior, row, b, ahead, solution)) {
     load_row<T>(arguments, b, row.x);
-    return unusual_row(settings, row, label, b, grad);
+    return unusual_row(settings, row, label, b, ahead, grad);
   }
   write_solution(row, solution, settings.marginal, grad);
   if (label < last) grad[last] = grad[label];
