@@ -19,6 +19,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int64_t vector_bytes = 64;
+// GCC warns of what its intrinsics without a mask leave undefined
+constexpr __mmask16 every_lane = 0xffff;
 #elif defined(__AVX__)
 constexpr int64_t vector_bytes = 32;
 #else
@@ -72,7 +74,8 @@ template <class Real>
 CALGUIDE_INLINE Vector<Real> load_lanes(const Float16* from) {
   static_assert(sizeof(Real) == sizeof(float), "16-bit numbers are loaded as float");
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vector<Real>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  return reinterpret_cast<Vector<Real>>(
+      _mm512_maskz_cvtph_ps(every_lane, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
   return reinterpret_cast<Vector<Real>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
@@ -99,7 +102,8 @@ CALGUIDE_INLINE void store_lanes(Stored* to, Vector<Real> lanes) {
     memcpy(to, &stored, sizeof stored);
 #if defined(__AVX512F__)
   } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(reinterpret_cast<__m512>(lanes), 0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_maskz_cvtps_ph(every_lane, reinterpret_cast<__m512>(lanes), 0));
 #elif defined(__F16C__)
   } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(reinterpret_cast<__m256>(lanes), 0));
@@ -118,7 +122,8 @@ CALGUIDE_INLINE Vector<Real> max_lanes(Vector<Real> x, Vector<Real> max) {
 #if defined(__AVX512F__)
   // GCC would compare and blend
   if constexpr (sizeof(Real) == sizeof(float)) {
-    return reinterpret_cast<Vector<Real>>(_mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(max)));
+    return reinterpret_cast<Vector<Real>>(
+        _mm512_maskz_max_ps(every_lane, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(max)));
   }
 #endif
   return x > max ? x : max;
@@ -153,10 +158,11 @@ CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == sizeof(float)) {
     // the powers of two by an instruction that leaves the multiply-add units free
-    const Vector<Real> n = reinterpret_cast<Vector<Real>>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * scale), 8));
+    const Vector<Real> n =
+        reinterpret_cast<Vector<Real>>(_mm512_maskz_roundscale_ps(every_lane, reinterpret_cast<__m512>(x * scale), 8));
     const Vector<Real> fraction = exp2_fraction(x * scale - n);
     return reinterpret_cast<Vector<Real>>(
-        _mm512_scalef_ps(reinterpret_cast<__m512>(fraction), reinterpret_cast<__m512>(n)));
+        _mm512_maskz_scalef_ps(every_lane, reinterpret_cast<__m512>(fraction), reinterpret_cast<__m512>(n)));
   }
 #endif
   return each_lane<Real>([&](int64_t i) { return exp2_product(x[i], scale); });
