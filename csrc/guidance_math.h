@@ -289,9 +289,11 @@ CALGUIDE_INLINE void set_form(const GuidanceSettings<Scalar>& settings, const La
 }
 
 // The gradient of a class that is neither the label nor the peak, of exponentials e and, unless they are the same, e2.
-template <Marginal M, bool HasLog, bool HasW, class Real>
-CALGUIDE_INLINE Real gradient_of(const GradientForm<Real>& form, Real e, Real e2, Real d, Real w) {
-  Real g = e * (HasLog ? form.b1 * d + form.b0 : form.b0) + form.c0;
+// Number is Real or a vector of it.
+template <Marginal M, bool HasLog, bool HasW, class Real, class Number>
+CALGUIDE_INLINE Number gradient_of(const GradientForm<Real>& form, Number e, Number e2, Number d, Number w) {
+  Number g = e * form.b0 + form.c0;
+  if constexpr (HasLog) g = e * (form.b1 * d + form.b0) + form.c0;
   if constexpr (M != marginal_same) g += form.a2 * e2;
   if constexpr (HasW) g -= form.alpha * w;
   return g;

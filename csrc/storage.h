@@ -37,14 +37,18 @@ CALGUIDE_INLINE float load_float(Float16 value) {
 
 CALGUIDE_INLINE void store_float(float* at, float value) { *at = value; }
 
-// round to nearest, ties to even
+// The bits of a bfloat16 from those of a float, or of a vector of them: round to nearest, ties to even.
+template <class Word>
+CALGUIDE_INLINE Word bfloat16_bits(Word bits) {
+  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = Word{} + 0x7fc0u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+
 CALGUIDE_INLINE void store_float(BFloat16* at, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(at->bits) : "f"(value));
 #else
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  at->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  at->bits = static_cast<uint16_t>(bfloat16_bits(bits_of(value)));
 #endif
 }
 

@@ -69,6 +69,16 @@ CALGUIDE_INLINE float exp_float(float x) {
   return x > 88.37f ? __builtin_inff() : x < -87.33f ? 0.0f : power;
 }
 
+// 2^f for |f| <= 1/2: minimax in the relative error, 9.1e-8. Of a float or a vector of them.
+template <class Real>
+CALGUIDE_INLINE Real exp2_fraction(Real f) {
+  Real c = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+  c = c * f + 0x1.c6b752p-5f;
+  c = c * f + 0x1.ebf9bcp-3f;
+  c = c * f + 0x1.62e42ap-1f;
+  return c * f + 1.0f;
+}
+
 // 2^(x * scale) for a product up to 126, 2 ulp and, where products are rounded before a sum, the product's own
 // rounding. 1 for x = 0, 0 below 2^-126, NaN for NaN. With scale = t log2(e) it is e^(t x), in fewer steps than
 // exp_float.
@@ -82,15 +92,7 @@ CALGUIDE_INLINE float exp2_product(float x, float scale) {
   const float magic = 12582912.0f + 127.0f;
   const float shifted = x * scale + magic;
   const float n = shifted - magic;
-  const float f = x * scale - n;
-  // minimax in the relative error, 9.1e-8
-  float c = 0x1.5bba14p-10f;
-  c = c * f + 0x1.3cea88p-7f;
-  c = c * f + 0x1.c6b752p-5f;
-  c = c * f + 0x1.ebf9bcp-3f;
-  c = c * f + 0x1.62e42ap-1f;
-  c = c * f + 1.0f;
-  return n < -126.0f ? 0.0f : c * float_of(bits_of(shifted) << 23);
+  return n < -126.0f ? 0.0f : exp2_fraction(x * scale - n) * float_of(bits_of(shifted) << 23);
 #endif
 }
 

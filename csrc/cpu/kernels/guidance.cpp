@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "cpu/kernels/lanes.h"
 #include "cpu/kernels/rows.h"
 
 namespace calguide {
@@ -25,6 +26,18 @@ struct Settings {
   Marginal marginal;
 };
 
+// What the caches may fetch while the exponentials keep the arithmetic busy.
+struct Ahead {
+  const char* logits;  // of the next row
+  char* grad;
+  int64_t bytes;  // of a class
+
+  void prefetch(int64_t i) const {
+    __builtin_prefetch(logits + i * bytes);
+    __builtin_prefetch(grad + i * bytes, 1);
+  }
+};
+
 // `count` classes other than the label, padded to whole vectors; the label apart
 template <class Real>
 struct Row {
@@ -37,43 +50,60 @@ struct Row {
   Label<double> label;
 };
 
-template <Marginal M, bool SumD, class Real>
-ExpSums<double> exp_pass(const Row<Real>& row, int64_t count, Real temperature) {
-  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  Real* e = static_cast<Real*>(__builtin_assume_aligned(row.e, 64));
-  Real* e2 = static_cast<Real*>(__builtin_assume_aligned(row.e2, 64));
-  const Real max = row.max, log2_e = static_cast<Real>(1.4426950408889634);
-  const Real half_log2_e = log2_e / 2, scale = temperature * log2_e, lowest = static_cast<Real>(-1e30);
-  ExpSums<double> total = {};
-  for (int64_t begin = 0; begin < count; begin += block_length) {
-    const int64_t end = begin + block_length < count ? begin + block_length : count;
-    Real s = 0, s2 = 0, ed = 0, sum_d = 0;
-#pragma omp simd reduction(+ : s, s2, ed, sum_d)
-    for (int64_t i = begin; i < end; ++i) {
-      const Real d = x[i] - max;
-      Real exponential;
-      if constexpr (M == marginal_half) {
-        const Real half = exp2_product(d, half_log2_e);
-        exponential = half * half;
-        e[i] = half;
-        s2 += half;
-      } else {
-        exponential = exp2_product(d, log2_e);
-        e[i] = exponential;
-        if constexpr (M == marginal_general) {
-          const Real other = exp2_product(d, scale);
-          e2[i] = other;
-          s2 += other;
-        }
-      }
-      s += exponential;
-      ed += exponential * d;
-      if constexpr (SumD) sum_d += x[i] == padding ? 0 : d < lowest ? lowest : d;
+template <class Real>
+struct LaneSums {
+  Vector<Real> s, s2, ed, d;
+};
+
+// Exponentials of a vector of classes, of which some may be padding.
+template <Marginal M, bool SumD, bool Padded, class Real>
+CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperature, LaneSums<Real>& sums) {
+  using Lanes = Vector<Real>;
+  const Real log2_e = static_cast<Real>(1.4426950408889634);
+  const Lanes x = load_lanes<Real>(row.x + i), d = x - static_cast<Real>(row.max);
+  Lanes exponential;
+  if constexpr (M == marginal_half) {
+    const Lanes half = exp2_lanes<Real>(d, log2_e / 2);
+    exponential = half * half;
+    store_lanes<Real>(row.e + i, half);
+    sums.s2 += half;
+  } else {
+    exponential = exp2_lanes<Real>(d, log2_e);
+    store_lanes<Real>(row.e + i, exponential);
+    if constexpr (M == marginal_general) {
+      const Lanes other = exp2_lanes<Real>(d, temperature * log2_e);
+      store_lanes<Real>(row.e2 + i, other);
+      sums.s2 += other;
     }
-    total.s += s;
-    total.s2 += s2;
-    total.ed += ed;
-    total.d += sum_d;
+  }
+  sums.s += exponential;
+  sums.ed += exponential * d;
+  if constexpr (SumD) {
+    const Lanes zero = {}, bounded = max_lanes<Real>(d, zero - static_cast<Real>(1e30));
+    sums.d += Padded ? (x == zero + static_cast<Real>(padding) ? zero : bounded) : bounded;
+  }
+}
+
+template <Marginal M, bool SumD, class Real>
+ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperature, Ahead ahead) {
+  // a copy that no store can reach stays in registers
+  const Row<Real> row = given;
+  const int64_t whole = row.count / width<Real> * width<Real>;
+  ExpSums<double> total = {};
+  for (int64_t i = 0; i < padded;) {
+    const int64_t end = i + block_length < whole ? i + block_length : whole;
+    LaneSums<Real> sums = {};
+    for (; i < end; i += width<Real>) {
+      ahead.prefetch(i);
+      exp_vector<M, SumD, false>(row, i, temperature, sums);
+    }
+    if (end == whole) {
+      for (; i < padded; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
+    }
+    total.s += sum_of_lanes<Real>(sums.s);
+    total.s2 += sum_of_lanes<Real>(sums.s2);
+    total.ed += sum_of_lanes<Real>(sums.ed);
+    total.d += sum_of_lanes<Real>(sums.d);
   }
   return total;
 }
@@ -102,20 +132,35 @@ TermSums<double> term_pass(const Row<Real>& row, int64_t count, const ClassWeigh
   return total;
 }
 
+// gradients of a vector of classes
+template <Marginal M, bool HasLog, bool HasW, class Real>
+CALGUIDE_INLINE Vector<Real> gradient_vector(const Row<Real>& row, const GradientForm<Real>& form, int64_t i) {
+  using Lanes = Vector<Real>;
+  const Lanes stored = load_lanes<Real>(row.e + i);
+  const Lanes e = M == marginal_half ? stored * stored : stored;
+  const Lanes e2 = M == marginal_general ? load_lanes<Real>(row.e2 + i) : stored;
+  const Lanes d = HasLog ? load_lanes<Real>(row.x + i) - static_cast<Real>(row.max) : Lanes{};
+  const Lanes w = HasW ? load_lanes<Real>(row.w + i) : Lanes{};
+  return gradient_of<M, HasLog, HasW>(form, e, e2, d, w);
+}
+
 template <Marginal M, bool HasLog, bool HasW, class Real, class T>
-void gradient_pass(const Row<Real>& row, const GradientForm<Real>& form, T* grad) {
-  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
-  const Real* e2 = static_cast<const Real*>(__builtin_assume_aligned(row.e2, 64));
-  const Real* w = static_cast<const Real*>(__builtin_assume_aligned(row.w, 64));
-  const Real max = row.max;
-  const GradientForm<Real> of = form;
-#pragma omp simd
-  for (int64_t i = 0; i < row.count; ++i) {
-    const Real exponential = M == marginal_half ? e[i] * e[i] : e[i];
-    const Real second = M == marginal_general ? e2[i] : e[i];
-    const Real g = gradient_of<M, HasLog, HasW>(of, exponential, second, x[i] - max, HasW ? w[i] : Real(0));
-    store_float(grad + i, static_cast<float>(g));
+void gradient_pass(const Row<Real>& given_row, const GradientForm<Real>& given_form, T* grad) {
+  // copies that no store can reach stay in registers
+  const Row<Real> row = given_row;
+  const GradientForm<Real> form = given_form;
+  constexpr int64_t step = width<Real>;
+  for (int64_t i = 0; i + step <= row.count; i += step) {
+    store_lanes<Real>(grad + i, gradient_vector<M, HasLog, HasW>(row, form, i));
+  }
+  if (row.count % step == 0) return;
+  if (row.count > step) {
+    // the last vector takes some classes again
+    store_lanes<Real>(grad + row.count - step, gradient_vector<M, HasLog, HasW>(row, form, row.count - step));
+  } else {
+    alignas(vector_bytes) Real few[step];
+    store_lanes<Real>(few, gradient_vector<M, HasLog, HasW>(row, form, 0));
+    for (int64_t i = 0; i < row.count; ++i) store_float(grad + i, static_cast<float>(few[i]));
   }
 }
 
@@ -151,18 +196,19 @@ void write_gradient(const Row<Real>& row, const GradientForm<Real>& form, Margin
 }
 
 template <class Real>
-ExpSums<double> exponentials(const Row<Real>& row, int64_t count, const Settings& settings, bool sum_d) {
+ExpSums<double> exponentials(const Row<Real>& row, int64_t padded, const Settings& settings, bool sum_d,
+                             const Ahead& ahead) {
   const Real temperature = static_cast<Real>(settings.guidance.marginal_temperature);
   switch (settings.marginal) {
     case marginal_same:
-      return sum_d ? exp_pass<marginal_same, true>(row, count, temperature)
-                   : exp_pass<marginal_same, false>(row, count, temperature);
+      return sum_d ? exp_pass<marginal_same, true>(row, padded, temperature, ahead)
+                   : exp_pass<marginal_same, false>(row, padded, temperature, ahead);
     case marginal_half:
-      return sum_d ? exp_pass<marginal_half, true>(row, count, temperature)
-                   : exp_pass<marginal_half, false>(row, count, temperature);
+      return sum_d ? exp_pass<marginal_half, true>(row, padded, temperature, ahead)
+                   : exp_pass<marginal_half, false>(row, padded, temperature, ahead);
     default:
-      return sum_d ? exp_pass<marginal_general, true>(row, count, temperature)
-                   : exp_pass<marginal_general, false>(row, count, temperature);
+      return sum_d ? exp_pass<marginal_general, true>(row, padded, temperature, ahead)
+                   : exp_pass<marginal_general, false>(row, padded, temperature, ahead);
   }
 }
 
@@ -213,7 +259,7 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
 // them.
 template <class Real>
 bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
-               Solution<Real>& solution) {
+               const Ahead& ahead, Solution<Real>& solution) {
   const GuidanceArguments& arguments = *settings.arguments;
   const GuidanceSettings<double>& guidance = settings.guidance;
   const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
@@ -221,7 +267,7 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
   // where a padding class would have infinite terms the last vector is handled element by element
   const int64_t count = settings.traits.vanishes_finitely ? padded : row.count;
 
-  ExpSums<double> sums = exponentials(row, count, settings, settings.traits.reverse_kl);
+  ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
   if (!(isfinite(sums.ed) && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
@@ -268,7 +314,7 @@ void fill_invalid(const GuidanceArguments& arguments, int64_t b, T* grad) {
 
 // A row with masked classes or huge logits: the finite classes alone, as if the others did not exist.
 template <class Real, class T>
-void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t b, T* grad) {
+void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t b, const Ahead& ahead, T* grad) {
   const GuidanceArguments& arguments = *settings.arguments;
   const int64_t classes = arguments.classes;
   float max = -INFINITY;
@@ -300,7 +346,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   }
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(finite), row.label.present);
   Solution<Real> solution;
-  solve_row(settings, prior, row, b, solution);
+  solve_row(settings, prior, row, b, ahead, solution);
   write_solution(row, solution, settings.marginal, compact);
   for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
   store_float(grad + label, static_cast<float>(solution.form.label));
@@ -314,6 +360,9 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   const int64_t last = arguments.classes - 1;
   const int64_t label = arguments.labels[b * arguments.label_stride];
   T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
+  const T* next =
+      static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
+  const Ahead ahead = {reinterpret_cast<const char*>(next), reinterpret_cast<char*>(grad), sizeof(T)};
   row.max = load_row<T>(arguments, b, row.x);
   row.label.present = true;
   row.label.logit = row.x[label];
@@ -323,9 +372,9 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
   row.x[label] = row.x[last];
   row.count = last;
   Solution<Real> solution;
-  if (!solve_row(settings, prior, row, b, solution)) {
+  if (!solve_row(settings, prior, row, b, ahead, solution)) {
     load_row<T>(arguments, b, row.x);
-    return unusual_row(settings, row, label, b, grad);
+    return unusual_row(settings, row, label, b, ahead, grad);
   }
   write_solution(row, solution, settings.marginal, grad);
   if (label < last) grad[last] = grad[label];

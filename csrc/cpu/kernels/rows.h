@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "arguments.h"
+#include "cpu/kernels/lanes.h"
 #include "storage.h"
 
 namespace calguide {
@@ -24,15 +25,43 @@ constexpr int64_t block_length = 64 * 4;
 constexpr int64_t elements_per_thread = 32768;
 
 // copies a row and returns its largest logit, NaNs ignored
-template <bool Contiguous, class T>
-float load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) {
-  float* x = static_cast<float*>(__builtin_assume_aligned(buffer, 64));
+template <class T>
+float load_contiguous_row(const T* logits, int64_t classes, float* x) {
+  constexpr int64_t step = width<float>;
+  const Vector<float> lowest = Vector<float>{} - INFINITY;
+  Vector<float> even = lowest, odd = lowest;
+  const auto take = [&](int64_t i, Vector<float>& max) {
+    const Vector<float> value = load_lanes<float>(logits + i);
+    store_lanes<float>(x + i, value);
+    max = max_lanes<float>(value, max);
+  };
+  int64_t i = 0;
+  for (; i + 2 * step <= classes; i += 2 * step) {
+    take(i, even);
+    take(i + step, odd);
+  }
+  if (i + step <= classes) take(i, even), i += step;
+  float max = -INFINITY;
+  if (classes >= step) {
+    // the last vector may take some classes again
+    if (i < classes) take(classes - step, odd);
+    max = max_of_lanes(max_lanes<float>(even, odd));
+  } else {
+    for (; i < classes; ++i) {
+      x[i] = load_float(logits[i]);
+      max = x[i] > max ? x[i] : max;
+    }
+  }
+  return max;
+}
+
+template <class T>
+float load_strided_row(const T* logits, int64_t stride, int64_t classes, float* x) {
   float max = -INFINITY;
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < classes; ++i) {
-    const float value = load_float(logits[Contiguous ? i : i * stride]);
-    x[i] = value;
-    max = value > max ? value : max;
+    x[i] = load_float(logits[i * stride]);
+    max = x[i] > max ? x[i] : max;
   }
   return max;
 }
@@ -40,8 +69,8 @@ float load_row(const T* logits, int64_t stride, int64_t classes, float* buffer) 
 template <class T>
 float load_row(const LogitsArguments& arguments, int64_t b, float* buffer) {
   const T* logits = static_cast<const T*>(arguments.logits) + b * arguments.row_stride;
-  return arguments.class_stride == 1 ? load_row<true>(logits, 1, arguments.classes, buffer)
-                                     : load_row<false>(logits, arguments.class_stride, arguments.classes, buffer);
+  return arguments.class_stride == 1 ? load_contiguous_row(logits, arguments.classes, buffer)
+                                     : load_strided_row(logits, arguments.class_stride, arguments.classes, buffer);
 }
 
 // Calls body(begin, end) for a part of the rows on each of as many threads as the rows are worth.

@@ -1,0 +1,173 @@
+// Whole vectors of the instruction set in use, for sums that GCC would add up lane after lane and for exponentials that
+// it would not find the instructions of.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "storage.h"
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace calguide {
+namespace CALGUIDE_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t vector_bytes = 64;
+// GCC warns of what its intrinsics without a mask leave undefined
+constexpr __mmask16 every_lane = 0xffff;
+#elif defined(__AVX__)
+constexpr int64_t vector_bytes = 32;
+#else
+constexpr int64_t vector_bytes = 16;
+#endif
+
+// how many Reals a vector holds
+template <class Real>
+constexpr int64_t width = vector_bytes / sizeof(Real);
+
+template <class Number, int64_t bytes>
+struct VectorOf {
+  typedef Number type __attribute__((vector_size(bytes)));
+};
+
+template <class Real>
+using Vector = typename VectorOf<Real, vector_bytes>::type;
+
+// as many Numbers as Vector<Real> has
+template <class Number, class Real>
+using VectorBeside = typename VectorOf<Number, width<Real> * sizeof(Number)>::type;
+
+// f of each of `width` things
+template <class Real, class F>
+CALGUIDE_INLINE Vector<Real> each_lane(const F& f) {
+  alignas(vector_bytes) Real lanes[width<Real>];
+#pragma omp simd
+  for (int64_t i = 0; i < width<Real>; ++i) lanes[i] = f(i);
+  Vector<Real> result;
+  memcpy(&result, lanes, sizeof result);
+  return result;
+}
+
+// `width` numbers that lie side by side
+template <class Real>
+CALGUIDE_INLINE Vector<Real> load_lanes(const float* from) {
+  VectorBeside<float, Real> stored;
+  memcpy(&stored, from, sizeof stored);
+  return __builtin_convertvector(stored, Vector<Real>);
+}
+
+template <class Real>
+CALGUIDE_INLINE Vector<Real> load_lanes(const BFloat16* from) {
+  static_assert(sizeof(Real) == sizeof(float), "16-bit numbers are loaded as float");
+  VectorBeside<uint16_t, Real> stored;
+  memcpy(&stored, from, sizeof stored);
+  return reinterpret_cast<Vector<Real>>(__builtin_convertvector(stored, Vector<uint32_t>) << 16);
+}
+
+template <class Real>
+CALGUIDE_INLINE Vector<Real> load_lanes(const Float16* from) {
+  static_assert(sizeof(Real) == sizeof(float), "16-bit numbers are loaded as float");
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<Real>>(
+      _mm512_maskz_cvtph_ps(every_lane, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vector<Real>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  return each_lane<Real>([&](int64_t i) { return load_float(from[i]); });
+#endif
+}
+
+template <class Real>
+CALGUIDE_INLINE Vector<Real> load_lanes(const double* from) {
+  Vector<Real> lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+// Puts the lanes side by side, as whatever is stored there.
+template <class Real, class Stored>
+CALGUIDE_INLINE void store_lanes(Stored* to, Vector<Real> lanes) {
+  constexpr bool is_float = sizeof(Real) == sizeof(float);
+  if constexpr (std::is_same<Stored, Real>::value) {
+    memcpy(to, &lanes, sizeof lanes);
+  } else if constexpr (is_float && std::is_same<Stored, BFloat16>::value) {
+    const Vector<uint32_t> bits = bfloat16_bits(reinterpret_cast<Vector<uint32_t>>(lanes));
+    const VectorBeside<uint16_t, Real> stored = __builtin_convertvector(bits, VectorBeside<uint16_t, Real>);
+    memcpy(to, &stored, sizeof stored);
+#if defined(__AVX512F__)
+  } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_maskz_cvtps_ph(every_lane, reinterpret_cast<__m512>(lanes), 0));
+#elif defined(__F16C__)
+  } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(reinterpret_cast<__m256>(lanes), 0));
+#endif
+  } else {
+    alignas(vector_bytes) Real each[width<Real>];
+    memcpy(each, &lanes, sizeof lanes);
+#pragma omp simd
+    for (int64_t i = 0; i < width<Real>; ++i) store_float(to + i, static_cast<float>(each[i]));
+  }
+}
+
+// the greater of each two, or max where x is NaN
+template <class Real>
+CALGUIDE_INLINE Vector<Real> max_lanes(Vector<Real> x, Vector<Real> max) {
+#if defined(__AVX512F__)
+  // GCC would compare and blend
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    return reinterpret_cast<Vector<Real>>(
+        _mm512_maskz_max_ps(every_lane, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(max)));
+  }
+#endif
+  return x > max ? x : max;
+}
+
+// The sum in double, by halves.
+template <class Real>
+CALGUIDE_INLINE double sum_of_lanes(Vector<Real> lanes) {
+  double part[width<Real> / 2];
+  for (int64_t i = 0; i < width<Real> / 2; ++i) {
+    part[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + width<Real> / 2]);
+  }
+  for (int64_t rest = width<Real> / 4; rest > 0; rest /= 2) {
+    for (int64_t i = 0; i < rest; ++i) part[i] += part[i + rest];
+  }
+  return part[0];
+}
+
+// the largest lane, no NaN among them
+CALGUIDE_INLINE float max_of_lanes(Vector<float> lanes) {
+  float largest[width<float>];
+  memcpy(largest, &lanes, sizeof lanes);
+  for (int64_t rest = width<float> / 2; rest > 0; rest /= 2) {
+    for (int64_t i = 0; i < rest; ++i) largest[i] = largest[i] > largest[i + rest] ? largest[i] : largest[i + rest];
+  }
+  return largest[0];
+}
+
+// exp2_product of each lane, which is not infinite
+template <class Real>
+CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    // the powers of two by an instruction that leaves the multiply-add units free
+    const Vector<Real> n =
+        reinterpret_cast<Vector<Real>>(_mm512_maskz_roundscale_ps(every_lane, reinterpret_cast<__m512>(x * scale), 8));
+    const Vector<Real> fraction = exp2_fraction(x * scale - n);
+    return reinterpret_cast<Vector<Real>>(
+        _mm512_maskz_scalef_ps(every_lane, reinterpret_cast<__m512>(fraction), reinterpret_cast<__m512>(n)));
+  }
+#endif
+  return each_lane<Real>([&](int64_t i) { return exp2_product(x[i], scale); });
+}
+
+}  // namespace
+}  // namespace CALGUIDE_ISA
+}  // namespace calguide
