@@ -9,14 +9,17 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
-from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
+from calguide_fast.backends.smooth_ece import CURVE_LENGTH, LEAST_BANDWIDTH
 from calguide_fast.ops import checks
 from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, may_be_differentiated
 from calguide_fast.ops.top_label import top_label
 
 LIBRARY.define(
-    "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_gradient) "
-    "-> (Tensor stats, Tensor grad)"
+    "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_curve) "
+    "-> (Tensor stats, Tensor curve)"
+)
+LIBRARY.define(
+    "smooth_ece_gradient(Tensor confidence, Tensor correct, Tensor? weights, Tensor curve, Tensor value_grad) -> Tensor"
 )
 
 
@@ -68,7 +71,8 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if may_be_differentiated(confidence):
-        return SmoothECE(*applied(_Differentiable, confidence, correct, weights, sigma)[:2])
+        value, stats, _ = applied(_Differentiable, confidence, correct, weights, sigma)
+        return SmoothECE(value, stats[1])
     stats, _ = _measure(confidence, correct, weights, sigma, False)
     return SmoothECE(stats[0], stats[1])
 
@@ -138,34 +142,46 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float) -> tuple[Tensor, ...]:
-        stats, grad = _measure(confidence, correct, weights, bandwidth, True)
-        return stats[0].clone(), stats[1].clone(), grad
+        stats, curve = _measure(confidence, correct, weights, bandwidth, True)
+        return stats[0].clone(), stats, curve
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[2])
-        ctx.dtype = inputs[0].dtype
+        _, stats, curve = output
+        ctx.mark_non_differentiable(stats, curve)
+        ctx.save_for_backward(*inputs[:3], curve)
         if not torch.compiler.is_compiling():
             # no zeros for the outputs that have no gradient
             ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
-        if value_grad is None:
-            return None, None, None, None
-        (grad,) = ctx.saved_tensors
-        return (value_grad * grad).to(ctx.dtype), None, None, None
+        # what a second derivative would need is not recorded, unless it is asked for
+        return _pull_back_once(ctx, value_grad) if torch.is_grad_enabled() else _pull_back(ctx, value_grad)
+
+
+def _pull_back(ctx: Any, value_grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    return None if value_grad is None else _gradient(*ctx.saved_tensors, value_grad), None, None, None
+
+
+_pull_back_once = torch.autograd.function.once_differentiable(_pull_back)
 
 
 def _measure(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
 ) -> tuple[Tensor, Tensor]:
-    """The op itself: value and bandwidth (2,), and the value's gradient (n,) if asked for, else (0,)."""
+    """The op itself: value and bandwidth (2,), and what the gradient needs (CURVE_LENGTH,) if asked for, else (0,)."""
     if is_direct(confidence, correct, weights):
-        return _impl(confidence, correct, weights, bandwidth, with_gradient)
-    return dispatched(torch.ops.calguide_fast.smooth_ece, confidence, correct, weights, bandwidth, with_gradient)
+        return _impl(confidence, correct, weights, bandwidth, with_curve)
+    return dispatched(torch.ops.calguide_fast.smooth_ece, confidence, correct, weights, bandwidth, with_curve)
+
+
+def _gradient(confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor) -> Tensor:
+    """The value's gradient times `value_grad`, (n,) in the confidences' dtype, from the curve measured for them."""
+    if is_direct(confidence, correct, weights, curve, value_grad):
+        return _gradient_impl(confidence, correct, weights, curve, value_grad)
+    op = torch.ops.calguide_fast.smooth_ece_gradient
+    return dispatched(op, confidence, correct, weights, curve, value_grad)
 
 
 def _result_dtype(confidence: Tensor) -> torch.dtype:
@@ -174,7 +190,7 @@ def _result_dtype(confidence: Tensor) -> torch.dtype:
 
 @torch.library.impl(LIBRARY, "smooth_ece", "CompositeExplicitAutograd")
 def _impl(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(confidence)
     confidence = confidence.to(dtype)
@@ -185,25 +201,49 @@ def _impl(
         else:
             confidence = confidence.where((correct == 0) | (correct == 1), torch.nan)
         correct = correct != 0
-    return backends.choose(confidence, "smooth_ece").smooth_ece(confidence, correct, weights, bandwidth, with_gradient)
+    return backends.choose(confidence, "smooth_ece").smooth_ece(confidence, correct, weights, bandwidth, with_curve)
+
+
+@torch.library.impl(LIBRARY, "smooth_ece_gradient", "CompositeExplicitAutograd")
+def _gradient_impl(
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+) -> Tensor:
+    dtype = _result_dtype(confidence)
+    weights = None if weights is None else weights.to(dtype)
+    correct = correct if correct.dtype == torch.bool else correct != 0
+    backend = backends.choose(confidence, "smooth_ece")
+    return backend.smooth_ece_gradient(confidence, correct, weights, curve, value_grad.to(dtype))
 
 
 @torch.library.register_fake("calguide_fast::smooth_ece", lib=LIBRARY)
 def _fake(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(confidence)
-    grad = confidence.new_empty(confidence.shape if with_gradient else (0,), dtype=dtype)
-    return confidence.new_empty(2, dtype=dtype), grad
+    stats = confidence.new_empty(2, dtype=_result_dtype(confidence))
+    return stats, confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
+
+
+@torch.library.register_fake("calguide_fast::smooth_ece_gradient", lib=LIBRARY)
+def _gradient_fake(
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+) -> Tensor:
+    return confidence.new_empty(confidence.shape)
+
+
+def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    return [
+        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
 
 
 @torch.library.register_vmap("calguide_fast::smooth_ece", lib=LIBRARY)
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    # one fixpoint after the other: each has a bandwidth of its own
-    each = [
-        torch.ops.calguide_fast.smooth_ece(
-            *(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
+    # each fixpoint has a bandwidth of its own
+    each = _one_by_one(torch.ops.calguide_fast.smooth_ece, info, in_dims, arguments)
     return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0, 0)
+
+
+@torch.library.register_vmap("calguide_fast::smooth_ece_gradient", lib=LIBRARY)
+def _gradient_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    return torch.stack(_one_by_one(torch.ops.calguide_fast.smooth_ece_gradient, info, in_dims, arguments)), 0
