@@ -51,7 +51,7 @@ struct TiltArguments {
   double max_weight;
 };
 
-// confidences, weights and stats are double if `wide`, else float
+// confidences, weights, value and sigma are double if `wide`, else float
 struct SmoothEceArguments {
   const void* confidence;  // (count)
   const uint8_t* correct;  // (count) 0 or 1
@@ -59,7 +59,8 @@ struct SmoothEceArguments {
   int64_t count;
   bool wide;
   double bandwidth;  // 0: the fixpoint
-  void* stats;       // value, bandwidth
+  void* value;       // one number
+  void* sigma;       // one: the bandwidth that it was measured with
   double* curve;     // (curve_length) as smooth_ece_math.h has it, or null
   int64_t curve_length;
 };

@@ -13,7 +13,7 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Value and bandwidth (2,), and the value's gradient (n,) in the confidences' dtype."""
     wide = confidence if confidence.dtype == torch.float64 else confidence.float()
-    stats, curve = backend.smooth_ece(wide, correct, weights, bandwidth, True)
+    value, sigma, curve = backend.smooth_ece(wide, correct, weights, bandwidth, True)
     # a power of two, whose product is exact
-    doubled = backend.smooth_ece_gradient(confidence, correct, weights, curve, stats.new_full((), -2.0))
-    return stats, doubled / -2
+    doubled = backend.smooth_ece_gradient(confidence, correct, weights, curve, value.new_full((), -2.0))
+    return torch.stack([value, sigma]), doubled / -2

@@ -33,6 +33,9 @@ class NativeKernels:
     def __init__(self, native: ModuleType, place: Callable[[Tensor], Any]) -> None:
         self.native = native
         self.place = place
+        # doubles in which a GPU's launches leave each other what they find; a name that is not there costs 0.5 us
+        self._search_scratch = getattr(native, "smooth_ece_scratch", 0)
+        self._gradient_scratch = getattr(native, "smooth_ece_gradient_scratch", 0)
 
     def guidance_gradient(
         self,
@@ -121,26 +124,27 @@ class NativeKernels:
 
     def smooth_ece(
         self, confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Value and bandwidth (2,), and what the gradient needs (CURVE_LENGTH,) or (0,).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value and bandwidth, and what the gradient needs (CURVE_LENGTH,) or (0,).
 
         Confidences and weights are fp32 or float64, correct is bool. A sample that is not allowed, or weights that are
         all 0, are a ValueError where the kernels tell of them, else all results are NaN.
         """
         confidence, correct = confidence.contiguous(), correct.contiguous()
         weights = None if weights is None else weights.contiguous()
-        stats = confidence.new_empty(2)
+        value = confidence.new_empty(())
+        sigma = torch.empty_like(value)
         curve = confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
-        scratch = self._scratch("smooth_ece_scratch", confidence)
+        scratch = _doubles(self._search_scratch, confidence)
         allowed = self.native.smooth_ece(
             self.place(confidence), confidence.data_ptr(), correct.data_ptr(),
-            0 if weights is None else weights.data_ptr(), len(confidence), confidence.dtype is torch.float64, bandwidth,
-            stats.data_ptr(), curve.data_ptr() if with_curve else 0, CURVE_LENGTH,
+            0 if weights is None else weights.data_ptr(), confidence.numel(), confidence.dtype is torch.float64,
+            bandwidth, value.data_ptr(), sigma.data_ptr(), curve.data_ptr() if with_curve else 0, CURVE_LENGTH,
             *(() if scratch is None else (scratch.data_ptr(),)),
         )  # fmt: skip
         if allowed is False:
             check_outcomes(confidence, correct, weights)
-        return stats, curve
+        return value, sigma, curve
 
     def smooth_ece_gradient(
         self, confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
@@ -153,18 +157,13 @@ class NativeKernels:
         weights = None if weights is None else weights.contiguous()
         grad = torch.empty_like(confidence)
         wide = confidence.dtype is torch.float64
-        scratch = self._scratch("smooth_ece_gradient_scratch", confidence)
+        scratch = _doubles(self._gradient_scratch, confidence)
         self.native.smooth_ece_gradient(
             self.place(confidence), confidence.data_ptr(), 0 if wide else _STORAGE[confidence.dtype], wide,
-            correct.data_ptr(), 0 if weights is None else weights.data_ptr(), len(confidence), curve.data_ptr(),
+            correct.data_ptr(), 0 if weights is None else weights.data_ptr(), confidence.numel(), curve.data_ptr(),
             value_grad.data_ptr(), grad.data_ptr(), *(() if scratch is None else (scratch.data_ptr(),)),
         )  # fmt: skip
         return grad
-
-    def _scratch(self, name: str, beside: Tensor) -> Tensor | None:
-        """Memory in which a GPU's launches leave each other what they find: as many doubles as the module names."""
-        doubles = getattr(self.native, name, 0)
-        return beside.new_empty(doubles, dtype=torch.float64) if doubles else None
 
     def tilt_weights(self, scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
         """Weights of the images of one tilt group, (B,) fp32."""
@@ -267,3 +266,8 @@ class NativeKernels:
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     """(image, channel, pixel) strides of each tensor, one after the other."""
     return tuple(stride for tensor in tensors for stride in image_strides(tensor))
+
+
+def _doubles(count: int, beside: Tensor) -> Tensor | None:
+    """Memory on the tensor's device, or none if there is nothing to put there."""
+    return beside.new_empty(count, dtype=torch.float64) if count else None

@@ -43,8 +43,8 @@ CHUNK = 1 << 22
 @torch.no_grad()
 def smooth_ece(
     confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
-) -> tuple[Tensor, Tensor]:
-    """Value and bandwidth (2,) in the confidences' dtype, and what the gradient needs (CURVE_LENGTH,) or (0,).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and bandwidth in the confidences' dtype, and what the gradient needs (CURVE_LENGTH,) or (0,).
 
     Bandwidth 0: the fixpoint.
     """
@@ -57,17 +57,16 @@ def smooth_ece(
     total = w.sum().where(allowed.all(), torch.nan)
     curve = f.new_zeros(CURVE_LENGTH if with_curve else 0)
     if not bool((w / total).isfinite().all()):
-        return confidence.new_full((2,), math.nan), curve.fill_(math.nan)
+        return confidence.new_full((), math.nan), confidence.new_full((), math.nan), curve.fill_(math.nan)
     residuals = _Residuals(f, f - correct.double(), w / total)
     sigma = bandwidth or residuals.fixpoint()
     value, slope, sine = residuals.integral(sigma)
-    stats = torch.tensor([value, sigma], dtype=confidence.dtype, device=confidence.device)
     if with_curve:
         at_fixpoint = bandwidth == 0.0 and sigma > LEAST_BANDWIDTH
         curve[0] = sigma
         curve[1] = 1 / (total * (1 - slope if at_fixpoint else 1))
         curve[2 : 2 + len(sine)] = _doubled(_damping(sigma, _multiples(sine)) * sine)
-    return stats, curve
+    return confidence.new_tensor(value), confidence.new_tensor(sigma), curve
 
 
 @torch.no_grad()

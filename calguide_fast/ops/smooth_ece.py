@@ -16,7 +16,7 @@ from calguide_fast.ops.top_label import top_label
 
 LIBRARY.define(
     "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_curve) "
-    "-> (Tensor stats, Tensor curve)"
+    "-> (Tensor value, Tensor bandwidth, Tensor curve)"
 )
 LIBRARY.define(
     "smooth_ece_gradient(Tensor confidence, Tensor correct, Tensor? weights, Tensor curve, Tensor value_grad) -> Tensor"
@@ -47,8 +47,8 @@ def smooth_ece(
     and smECE is the σ* at which smECE_σ* = σ*. It lies between |mean(f − y)| and mean |f − y|, is 0 only where the
     residuals cancel, and changes continuously with the confidences.
 
-    Differentiable once in ``confidence``, through the fixpoint too; not in ``weights`` or ``correct``. Works under
-    ``torch.func`` and ``torch.compile``.
+    Differentiable once in ``confidence``, through the fixpoint too; not in ``weights`` or ``correct``. The backward
+    pass reads the samples again, which must not have changed by then. Works under ``torch.func`` and ``torch.compile``.
 
     Args:
         confidence: (n,) in [0, 1], float32, bfloat16, float16 or float64; computed in float64 whatever the dtype.
@@ -71,10 +71,10 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if may_be_differentiated(confidence):
-        value, stats, _ = applied(_Differentiable, confidence, correct, weights, sigma)
-        return SmoothECE(value, stats[1])
-    stats, _ = _measure(confidence, correct, weights, sigma, False)
-    return SmoothECE(stats[0], stats[1])
+        value, found, _ = applied(_Differentiable, confidence, correct, weights, sigma)
+    else:
+        value, found, _ = _measure(confidence, correct, weights, sigma, False)
+    return SmoothECE(value, found)
 
 
 def smooth_ece_from_logits(
@@ -142,13 +142,12 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float) -> tuple[Tensor, ...]:
-        stats, curve = _measure(confidence, correct, weights, bandwidth, True)
-        return stats[0].clone(), stats, curve
+        return _measure(confidence, correct, weights, bandwidth, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, stats, curve = output
-        ctx.mark_non_differentiable(stats, curve)
+        _, sigma, curve = output
+        ctx.mark_non_differentiable(sigma, curve)
         ctx.save_for_backward(*inputs[:3], curve)
         if not torch.compiler.is_compiling():
             # no zeros for the outputs that have no gradient
@@ -156,12 +155,17 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
-        # what a second derivative would need is not recorded, unless it is asked for
-        return _pull_back_once(ctx, value_grad) if torch.is_grad_enabled() else _pull_back(ctx, value_grad)
+        if value_grad is None:
+            return None, None, None, None
+        # where a second derivative may be asked for, it is refused, also that by the confidences alone
+        pull_back = _pull_back_once if torch.is_grad_enabled() else _pull_back
+        return pull_back(ctx, value_grad, *ctx.saved_tensors), None, None, None
 
 
-def _pull_back(ctx: Any, value_grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-    return None if value_grad is None else _gradient(*ctx.saved_tensors, value_grad), None, None, None
+def _pull_back(
+    _: Any, value_grad: Tensor, confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor
+) -> Tensor:
+    return _gradient(confidence, correct, weights, curve, value_grad)
 
 
 _pull_back_once = torch.autograd.function.once_differentiable(_pull_back)
@@ -169,8 +173,8 @@ _pull_back_once = torch.autograd.function.once_differentiable(_pull_back)
 
 def _measure(
     confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
-) -> tuple[Tensor, Tensor]:
-    """The op itself: value and bandwidth (2,), and what the gradient needs (CURVE_LENGTH,) if asked for, else (0,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op itself: value and bandwidth, and what the gradient needs (CURVE_LENGTH,) if asked for, else (0,)."""
     if is_direct(confidence, correct, weights):
         return _impl(confidence, correct, weights, bandwidth, with_curve)
     return dispatched(torch.ops.calguide_fast.smooth_ece, confidence, correct, weights, bandwidth, with_curve)
@@ -191,9 +195,10 @@ def _result_dtype(confidence: Tensor) -> torch.dtype:
 @torch.library.impl(LIBRARY, "smooth_ece", "CompositeExplicitAutograd")
 def _impl(
     confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _result_dtype(confidence)
-    confidence = confidence.to(dtype)
+    # a conversion to its own dtype costs as much as the rest of this
+    confidence = confidence if confidence.dtype is dtype else confidence.to(dtype)
     weights = None if weights is None else weights.to(dtype)
     if correct.dtype != torch.bool:
         if confidence.device.type == "cpu":
@@ -211,16 +216,17 @@ def _gradient_impl(
     dtype = _result_dtype(confidence)
     weights = None if weights is None else weights.to(dtype)
     correct = correct if correct.dtype == torch.bool else correct != 0
+    value_grad = value_grad if value_grad.dtype is dtype else value_grad.to(dtype)
     backend = backends.choose(confidence, "smooth_ece")
-    return backend.smooth_ece_gradient(confidence, correct, weights, curve, value_grad.to(dtype))
+    return backend.smooth_ece_gradient(confidence, correct, weights, curve, value_grad)
 
 
 @torch.library.register_fake("calguide_fast::smooth_ece", lib=LIBRARY)
 def _fake(
     confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
-) -> tuple[Tensor, Tensor]:
-    stats = confidence.new_empty(2, dtype=_result_dtype(confidence))
-    return stats, confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, sigma = (confidence.new_empty((), dtype=_result_dtype(confidence)) for _ in range(2))
+    return value, sigma, confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
 
 
 @torch.library.register_fake("calguide_fast::smooth_ece_gradient", lib=LIBRARY)
@@ -241,7 +247,7 @@ def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[A
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     # each fixpoint has a bandwidth of its own
     each = _one_by_one(torch.ops.calguide_fast.smooth_ece, info, in_dims, arguments)
-    return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0, 0)
+    return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0, 0, 0)
 
 
 @torch.library.register_vmap("calguide_fast::smooth_ece_gradient", lib=LIBRARY)

@@ -83,7 +83,7 @@ PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
 }
 
 void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, uintptr_t weights, int64_t count,
-                bool wide, double bandwidth, uintptr_t stats, uintptr_t curve, int64_t curve_length,
+                bool wide, double bandwidth, uintptr_t value, uintptr_t sigma, uintptr_t curve, int64_t curve_length,
                 uintptr_t scratch) {
   const SmoothEceArguments arguments = {reinterpret_cast<const void*>(confidence),
                                         reinterpret_cast<const uint8_t*>(correct),
@@ -91,7 +91,8 @@ void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, 
                                         count,
                                         wide,
                                         bandwidth,
-                                        reinterpret_cast<void*>(stats),
+                                        reinterpret_cast<void*>(value),
+                                        reinterpret_cast<void*>(sigma),
                                         reinterpret_cast<double*>(curve),
                                         curve_length};
   launch_at(pair.ptr(), [&](const Place& place) {

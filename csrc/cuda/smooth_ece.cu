@@ -45,8 +45,8 @@ void launch(const SmoothEceArguments& a, SmoothEceScratch* scratch, const Place&
   CALGUIDE_LAUNCH((prepare_kernel<Real>), dim3(parts), dim3(PrepareBlock::size), 0, place.stream(), a, scratch);
   deposit<Real>(a, scratch, parts, place);
   CALGUIDE_LAUNCH((column_waves_kernel), dim3(moment_rows + 1), dim3(moment_columns), 0, place.stream(), scratch);
-  CALGUIDE_LAUNCH((search_kernel), dim3(1), dim3(SearchBlock::size), most_terms * sizeof(double), place.stream(),
-                  a.bandwidth, scratch, a.stats, a.wide, a.curve, a.curve_length);
+  CALGUIDE_LAUNCH((search_kernel), dim3(1), dim3(SearchBlock::size), most_terms * sizeof(double), place.stream(), a,
+                  scratch);
 }
 
 template <class T>

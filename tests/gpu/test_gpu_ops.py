@@ -306,8 +306,8 @@ def test_a_cuda_graph_records_the_smooth_ece(kernels):
     ops, value_grad = torch.ops.calguide_fast, torch.ones((), device="cuda")
 
     def measured():
-        stats, curve = ops.smooth_ece(held, correct, None, 0.0, True)
-        return stats, ops.smooth_ece_gradient(held, correct, None, curve, value_grad)
+        value, sigma, curve = ops.smooth_ece(held, correct, None, 0.0, True)
+        return value, sigma, ops.smooth_ece_gradient(held, correct, None, curve, value_grad)
 
     measured()
     graph = torch.cuda.CUDAGraph()

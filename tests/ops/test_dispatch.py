@@ -58,7 +58,7 @@ def step_arguments(boosted: bool):
 
 
 def curve_arguments(confidence, correct, weights, bandwidth):
-    _, curve = torch.ops.calguide_fast.smooth_ece(confidence, correct, weights, bandwidth, True)
+    _, _, curve = torch.ops.calguide_fast.smooth_ece(confidence, correct, weights, bandwidth, True)
     return confidence, correct, weights, curve, torch.tensor(-1.5)
 
 
@@ -120,8 +120,8 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score[:2], tilt=0.3, method="ddim")
     predictions = logits.detach().softmax(1).flatten(), (logits > 0).flatten(), None
     calibration = smooth_ece(*predictions[:2]).value
-    stats, curve = ece._measure(*predictions, 0.0, True)
-    steepness = ece._gradient(*predictions, curve, stats[0])
+    value, _, curve = ece._measure(*predictions, 0.0, True)
+    steepness = ece._gradient(*predictions, curve, value)
     confidence, top, correct = top_label(logits.detach(), labels)
     pulled = _gradient(found.score, logits.detach(), confidence, top)
     noise = sampling_noise(seeds, (3, 4, 4), 0)

@@ -238,9 +238,13 @@ def test_narrow_confidences(dtype, served):
     found, wide = smooth_ece(f, y), smooth_ece(f.double(), y)
     assert found.value.dtype == torch.float32
     assert_near(found.value, wide.value, 1e-7)
-    leaf = f.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(smooth_ece(leaf, y).value, leaf)
+    leaf, wide_leaf = f.clone().requires_grad_(), f.double().requires_grad_()
+    (grad,) = torch.autograd.grad(1000 * smooth_ece(leaf, y).value, leaf)
+    (wide_grad,) = torch.autograd.grad(1000 * smooth_ece(wide_leaf, y).value, wide_leaf)
     assert grad.dtype == dtype
+    # in units of the largest
+    size = wide_grad.abs().max()
+    assert_near(grad.double() / size, wide_grad / size, max(5e-6, torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
@@ -273,6 +277,40 @@ def test_gradient_scales_and_bandwidth_is_detached(served):
     assert torch.equal(scaled, -4 * grad)
     with torch.no_grad():
         assert not smooth_ece(leaf, y).value.requires_grad
+
+
+def test_a_second_derivative_is_refused(served_quickly):
+    f, y = sample(50)
+    leaf = f.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(smooth_ece(leaf, y).value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad.sum() + leaf.sum()).backward()
+
+
+def test_value_may_be_added_to_and_samples_may_not_change(served_quickly):
+    f, y = sample(50)
+    leaf = f.clone().requires_grad_()
+    value = smooth_ece(leaf, y).value
+    (grad,) = torch.autograd.grad(value, leaf)
+    loss = smooth_ece(leaf, y).value
+    loss += 1.0
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], grad)
+    loss = smooth_ece(leaf, y).value
+    y.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(5000, torch.float64), (5001, torch.float16), (2_200_000, torch.float32)])
+def test_gradient_of_a_few_is_that_among_all(n, dtype):
+    """A few samples have the curve at their own places, many its cubics, in memory of huge pages where it is large."""
+    f, y = sample(n, 1.0, dtype)
+    _, _, curve = cpu.smooth_ece(f.double(), y, None, 0.03, True)
+    value_grad = torch.full((), float(n), dtype=torch.promote_types(dtype, torch.float32))
+    grad = cpu.smooth_ece_gradient(f, y, None, curve, value_grad)
+    few = cpu.smooth_ece_gradient(f[-200:], y[-200:], None, curve, value_grad)
+    size = few.abs().max().double()
+    assert_near(grad[-200:] / size, few / size, max(5e-6, torch.finfo(dtype).eps))
 
 
 def test_func_transforms(served_quickly):

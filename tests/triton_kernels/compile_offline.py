@@ -82,8 +82,8 @@ def smooth_ece(kernel, weighted=False, dtype=F32, batch=3):
     """Launches them all; the one named is looked at."""
     confidence = torch.zeros(batch)
     correct, weights = confidence > 0.5, confidence if weighted else None
-    stats, curve = backend.smooth_ece(confidence, correct, weights, 0.0, True)
-    backend.smooth_ece_gradient(confidence.to(dtype), correct, weights, curve, stats[0])
+    value, _, curve = backend.smooth_ece(confidence, correct, weights, 0.0, True)
+    backend.smooth_ece_gradient(confidence.to(dtype), correct, weights, curve, value)
     return kernel
 
 

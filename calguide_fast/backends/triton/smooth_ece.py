@@ -166,14 +166,14 @@ def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: 
 
 def smooth_ece(
     confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
-) -> tuple[Tensor, Tensor]:
-    """Value and bandwidth (2,) in the confidences' dtype, and what the gradient needs (CURVE_LENGTH,) or (0,).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and bandwidth in the confidences' dtype, and what the gradient needs (CURVE_LENGTH,) or (0,).
 
     Bandwidth 0: the fixpoint.
     """
     count = len(confidence)
     confidence, correct = confidence.contiguous(), correct.contiguous().view(torch.uint8)
-    stats = confidence.new_empty(2)
+    value, found = confidence.new_empty(()), confidence.new_empty(())
     curve = confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
     sums = torch.zeros(2 + TABLES.value * NODES.value, dtype=torch.int64, device=confidence.device)
     scratch = torch.empty(_SCRATCH, dtype=torch.float64, device=confidence.device)
@@ -195,7 +195,7 @@ def smooth_ece(
         grid = (PARTS.value, triton.cdiv(MOST_TERMS.value, PLACES))
         _moments_kernel[grid](sums, numbers, nodes, moments, sigma, PLACES=PLACES, LANES=NODE_LANES, **many)
         search_kernel[(1,)](
-            sums, numbers, moments, search, stats, curve if with_curve else None, sigma,
+            sums, numbers, moments, search, value, found, curve if with_curve else None, sigma,
             PARTS=PARTS.value, PLACES=PLACES, **many,
         )  # fmt: skip
-    return stats, curve
+    return value, found, curve

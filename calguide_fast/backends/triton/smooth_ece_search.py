@@ -213,10 +213,10 @@ def _integrate(scratch, sigma, terms, samples, roots, PLACES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["bandwidth"])
 def search_kernel(
-    spoilt, numbers, partial_moments, scratch, stats, curve, bandwidth: tl.int64,
+    spoilt, numbers, partial_moments, scratch, value_out, sigma_out, curve, bandwidth: tl.int64,
     PARTS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Value and bandwidth to `stats`, and to `curve`, if there is one, what the gradient needs."""
+    """Value and bandwidth, and to `curve`, if there is one, what the gradient needs."""
     bandwidth = as_double(bandwidth)
     allowed = all_allowed(spoilt, numbers)
     # a bare constant would be float32 next to another, or in a choice
@@ -258,8 +258,8 @@ def search_kernel(
 
     cancelled = (value == 0.0) & (bandwidth == 0.0)
     nan = tl.where(allowed, 0.0, float("nan"))
-    tl.store(stats, (nan + value).to(stats.dtype.element_ty))
-    tl.store(stats + 1, (nan + tl.where(cancelled, floor, sigma)).to(stats.dtype.element_ty))
+    tl.store(value_out, (nan + value).to(value_out.dtype.element_ty))
+    tl.store(sigma_out, (nan + tl.where(cancelled, floor, sigma)).to(sigma_out.dtype.element_ty))
     if curve is not None:
         terms = terms_of(sigma)
         _damp(scratch, _SINE, sigma, terms, PLACES)

@@ -374,8 +374,8 @@ int64_t bins_for(double wanted) {
 template <class Real>
 void finish(const Residuals& residuals, const SmoothEceArguments& arguments, double total, double sigma,
             const Integral& at) {
-  Real* const stats = static_cast<Real*>(arguments.stats);
-  stats[0] = static_cast<Real>(at.value), stats[1] = static_cast<Real>(sigma);
+  *static_cast<Real*>(arguments.value) = static_cast<Real>(at.value);
+  *static_cast<Real*>(arguments.sigma) = static_cast<Real>(sigma);
   double* const curve = arguments.curve;
   if (curve == nullptr) return;
   const bool fixpoint = arguments.bandwidth == 0.0 && sigma > least_bandwidth;
