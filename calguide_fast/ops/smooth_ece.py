@@ -157,18 +157,31 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
         if value_grad is None:
             return None, None, None, None
-        # where a second derivative may be asked for, it is refused, also that by the confidences alone
-        pull_back = _pull_back_once if torch.is_grad_enabled() else _pull_back
-        return pull_back(ctx, value_grad, *ctx.saved_tensors), None, None, None
+        confidence, correct, weights, curve = ctx.saved_tensors
+        # a second derivative cannot be asked for where no graph is recorded, or in a compiled one
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        inputs = confidence, correct, weights, curve, value_grad
+        return applied(_DifferentiableNoMore, *inputs) if recorded else _gradient(*inputs), None, None, None
 
 
-def _pull_back(
-    _: Any, value_grad: Tensor, confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor
-) -> Tensor:
-    return _gradient(confidence, correct, weights, curve, value_grad)
+class _DifferentiableNoMore(torch.autograd.Function):
+    """The gradient, whose own is refused: what PyTorch has for this lets it be 0 under torch.func."""
 
+    generate_vmap_rule = True
 
-_pull_back_once = torch.autograd.function.once_differentiable(_pull_back)
+    @staticmethod
+    def forward(
+        confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+    ) -> Tensor:
+        return _gradient(confidence, correct, weights, curve, value_grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("smooth_ece is differentiable once; this is its second derivative")
 
 
 def _measure(
