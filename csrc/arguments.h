@@ -51,7 +51,7 @@ struct TiltArguments {
   double max_weight;
 };
 
-// confidences, weights, stats and grad are double if `wide`, else float
+// confidences, weights, value and sigma are double if `wide`, else float
 struct SmoothEceArguments {
   const void* confidence;  // (count)
   const uint8_t* correct;  // (count) 0 or 1
@@ -59,8 +59,23 @@ struct SmoothEceArguments {
   int64_t count;
   bool wide;
   double bandwidth;  // 0: the fixpoint
-  void* stats;       // value, bandwidth
-  void* grad;        // (count) or null
+  void* value;       // one number
+  void* sigma;       // one: the bandwidth that it was measured with
+  double* curve;     // (curve_length) as smooth_ece_math.h has it, or null
+  int64_t curve_length;
+};
+
+// confidences and grad are double if `wide`, else of `storage`; weights and value_grad are double if `wide`, else float
+struct SmoothEceGradientArguments {
+  const void* confidence;  // (count)
+  int storage;             // StorageType
+  bool wide;
+  const uint8_t* correct;  // (count) 0 or 1
+  const void* weights;     // (count) or null
+  int64_t count;
+  const double* curve;     // as smooth_ece left it for these samples
+  const void* value_grad;  // what the gradient is multiplied by
+  void* grad;              // (count)
 };
 
 // (image, channel, pixel) strides in elements; an absent operand has no data.

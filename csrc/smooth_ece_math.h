@@ -35,9 +35,16 @@ CALGUIDE_INLINE int64_t sign_intervals(double sigma) {
   return static_cast<int64_t>(ceil(points_per_sigma / (sigma < 1.0 ? sigma : 1.0)));
 }
 
+// cells between which the gradient's curve is interpolated: a power of two, by which a float is multiplied exactly
 CALGUIDE_INLINE int64_t gradient_cells(double sigma) {
-  return static_cast<int64_t>(ceil(cells_per_sigma / (sigma < 1.0 ? sigma : 1.0)));
+  int64_t cells = 1;
+  while (static_cast<double>(cells) * (sigma < 1.0 ? sigma : 1.0) < cells_per_sigma) cells *= 2;
+  return cells;
 }
+
+// What a measurement leaves for its gradient, in doubles: sigma, the gradient's factor (NaN where nothing could be
+// measured), and from curve_series on the cosine series of S = K * sign R, then zeros.
+constexpr int64_t curve_sigma = 0, curve_factor = 1, curve_series = 2;
 
 // The search for the sigma whose integral it is: Newton's method within bounds.
 struct FixpointSearch {

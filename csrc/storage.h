@@ -69,6 +69,21 @@ CALGUIDE_INLINE void store_float(Float16* at, float value) {
 #endif
 }
 
+// A number in the precision that it is computed in where doubles are served, too: its own, or float for 16 bits.
+CALGUIDE_INLINE double load_wide(double value) { return value; }
+template <class T>
+CALGUIDE_INLINE float load_wide(T value) {
+  return load_float(value);
+}
+template <class T>
+using WideOf = decltype(load_wide(T()));
+
+CALGUIDE_INLINE void store_wide(double* at, double value) { *at = value; }
+template <class T>
+CALGUIDE_INLINE void store_wide(T* at, float value) {
+  store_float(at, value);
+}
+
 // Calls body with a value of the given storage type.
 template <class Body>
 CALGUIDE_INLINE void with_storage(int type, const Body& body) {

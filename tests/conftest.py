@@ -107,10 +107,12 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._SPECS, "triton", backends._SPECS["triton"]._replace(devices=frozenset({"cpu"})))
     # programs run one after the other: fewer and larger ones are much quicker
     monkeypatch.setattr(launch, "LEAST_ROWS", 16)
-    # named like its function, which hides it
-    smooth_ece = importlib.import_module("calguide_fast.backends.triton.smooth_ece")
-    for tile, length in (("PLACES", 1024), ("NODE_LANES", 64), ("SAMPLES", 4096), ("SHARED_OUT", 4096)):
-        monkeypatch.setattr(smooth_ece, tile, length)
+    # named like their functions, which hide them
+    tiles = {"PLACES": 1024, "NODE_LANES": 64, "SAMPLES": 4096, "SHARED_OUT": 4096}
+    for name, own in (("smooth_ece", tiles), ("smooth_ece_gradient", ("PLACES", "SAMPLES"))):
+        module = importlib.import_module(f"calguide_fast.backends.triton.{name}")
+        for tile in own:
+            monkeypatch.setattr(module, tile, tiles[tile])
     monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
 
 

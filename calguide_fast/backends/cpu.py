@@ -19,6 +19,7 @@ philox_normal = _kernels.philox_normal
 top_label = _kernels.top_label
 top_label_backward = _kernels.top_label_backward
 smooth_ece = _kernels.smooth_ece
+smooth_ece_gradient = _kernels.smooth_ece_gradient
 
 # the functions that read plain tensors by themselves, if this version of torch lets them
 plain = _cpu if _cpu.know_plain_tensors(torch) else None

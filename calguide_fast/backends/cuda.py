@@ -52,6 +52,7 @@ philox_normal = _on_its_device(_kernels.philox_normal)
 top_label = _on_its_device(_kernels.top_label)
 top_label_backward = _on_its_device(_kernels.top_label_backward)
 smooth_ece = _on_its_device(_kernels.smooth_ece)
+smooth_ece_gradient = _on_its_device(_kernels.smooth_ece_gradient)
 
 
 def describe() -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from calguide_fast.backends.labels import check_labels
 from calguide_fast.backends.layout import image_strides, steppable
 from calguide_fast.backends.outcomes import check_outcomes
+from calguide_fast.backends.smooth_ece import CURVE_LENGTH
 
 _FLOAT32 = torch.float32
 # codes of csrc/storage.h
@@ -33,6 +34,9 @@ class NativeKernels:
     def __init__(self, native: ModuleType, place: Callable[[Tensor], Any]) -> None:
         self.native = native
         self.place = place
+        # doubles in which a GPU's launches leave each other what they find; a name that is not there costs 0.5 us
+        self._search_scratch = getattr(native, "smooth_ece_scratch", 0)
+        self._gradient_scratch = getattr(native, "smooth_ece_gradient_scratch", 0)
 
     def guidance_gradient(
         self,
@@ -117,29 +121,47 @@ class NativeKernels:
         return grad
 
     def smooth_ece(
-        self, confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Value and bandwidth (2,), gradient (n,) or (0,); confidences and weights fp32 or float64, correct bool.
+        self, confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value and bandwidth, and what the gradient needs (CURVE_LENGTH,) or (0,).
 
-        A sample that is not allowed, or weights that are all 0, are a ValueError where the kernels tell of them, else
-        all results are NaN.
+        Confidences and weights are fp32 or float64, correct is bool. A sample that is not allowed, or weights that are
+        all 0, are a ValueError where the kernels tell of them, else all results are NaN.
         """
         confidence, correct = confidence.contiguous(), correct.contiguous()
         weights = None if weights is None else weights.contiguous()
-        stats = confidence.new_empty(2)
-        grad = confidence.new_empty(len(confidence) if with_gradient else 0)
-        # a GPU's launches leave each other what they find in memory that the caller sees to
-        doubles = getattr(self.native, "smooth_ece_scratch", 0)
-        scratch = confidence.new_empty(doubles, dtype=torch.float64) if doubles else None
+        value = confidence.new_empty(())
+        sigma = torch.empty_like(value)
+        curve = confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
+        scratch = _doubles(self._search_scratch, confidence)
         allowed = self.native.smooth_ece(
             self.place(confidence), confidence.data_ptr(), correct.data_ptr(),
-            0 if weights is None else weights.data_ptr(), len(confidence), confidence.dtype is torch.float64, bandwidth,
-            stats.data_ptr(), grad.data_ptr() if with_gradient else 0,
+            0 if weights is None else weights.data_ptr(), confidence.numel(), confidence.dtype is torch.float64,
+            bandwidth, value.data_ptr(), sigma.data_ptr(), curve.data_ptr() if with_curve else 0, CURVE_LENGTH,
             *(() if scratch is None else (scratch.data_ptr(),)),
         )  # fmt: skip
         if allowed is False:
             check_outcomes(confidence, correct, weights)
-        return stats, grad
+        return value, sigma, curve
+
+    def smooth_ece_gradient(
+        self, confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+    ) -> Tensor:
+        """The gradient of the value that `curve` was left for times `value_grad`, (n,) in the confidences' dtype.
+
+        Weights and value_grad are float64 where the confidences are, else fp32.
+        """
+        confidence, correct, curve = confidence.contiguous(), correct.contiguous(), curve.contiguous()
+        weights = None if weights is None else weights.contiguous()
+        grad = torch.empty_like(confidence)
+        wide = confidence.dtype is torch.float64
+        scratch = _doubles(self._gradient_scratch, confidence)
+        self.native.smooth_ece_gradient(
+            self.place(confidence), confidence.data_ptr(), 0 if wide else _STORAGE[confidence.dtype], wide,
+            correct.data_ptr(), 0 if weights is None else weights.data_ptr(), confidence.numel(), curve.data_ptr(),
+            value_grad.data_ptr(), grad.data_ptr(), *(() if scratch is None else (scratch.data_ptr(),)),
+        )  # fmt: skip
+        return grad
 
     def tilt_weights(self, scores: Tensor, tilt: float, normalize_sum: bool, max_weight: float) -> Tensor:
         """Weights of the images of one tilt group, (B,) fp32."""
@@ -243,3 +265,8 @@ class NativeKernels:
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     """(image, channel, pixel) strides of each tensor, one after the other."""
     return tuple(stride for tensor in tensors for stride in image_strides(tensor))
+
+
+def _doubles(count: int, beside: Tensor) -> Tensor | None:
+    """Memory on the tensor's device, or none if there is nothing to put there."""
+    return beside.new_empty(count, dtype=torch.float64) if count else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calguide_fast.backends.labels import check_labels
 from calguide_fast.backends.philox import philox_normal
-from calguide_fast.backends.smooth_ece import smooth_ece
+from calguide_fast.backends.smooth_ece import smooth_ece, smooth_ece_gradient
 
 __all__ = [
     "guidance_gradient",
@@ -23,6 +23,7 @@ __all__ = [
     "philox_normal",
     "predict_x0",
     "smooth_ece",
+    "smooth_ece_gradient",
     "tilt_weights",
     "top_label",
     "top_label_backward",

@@ -25,6 +25,9 @@ from calguide_fast.backends.outcomes import check_outcomes
 LEAST_BANDWIDTH = 1e-3
 # the series ends at k = CUTOFF / σ, with e_k = 1e-17
 CUTOFF = 2.8
+# what a measurement leaves for its gradient, in float64, on every backend: σ, the gradient's factor (NaN where nothing
+# could be measured), and the cosine series of S = K_σ ∗ sign R, then zeros
+CURVE_LENGTH = 2 + math.ceil(CUTOFF / LEAST_BANDWIDTH) + 1
 # R is looked at on this many points per σ for its changes of sign
 POINTS = 32
 # |R| below this share of its largest value is rounding, which has no sign
@@ -39,27 +42,49 @@ CHUNK = 1 << 22
 
 @torch.no_grad()
 def smooth_ece(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Value and bandwidth (2,), and the gradient (n,) or (0,), in the confidences' dtype; bandwidth 0: the fixpoint."""
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and bandwidth in the confidences' dtype, and what the gradient needs (CURVE_LENGTH,) or (0,).
+
+    Bandwidth 0: the fixpoint.
+    """
     if confidence.device.type == "cpu":
         check_outcomes(confidence, correct, weights)
     f = confidence.double()
     w = torch.ones_like(f) if weights is None else weights.double()
     # where it is not checked above, what is not allowed shows as NaN
     allowed = (f >= 0) & (f <= 1) & (w >= 0)
-    w = (w / w.sum()).where(allowed.all(), torch.nan)
-    if not bool(w.isfinite().all()):
-        return confidence.new_full((2,), math.nan), torch.full_like(confidence, math.nan)[: with_gradient * len(f)]
-    curve = _Residuals(f, f - correct.double(), w)
-    sigma = bandwidth or curve.fixpoint()
-    value, slope, sine = curve.integral(sigma)
-    stats = torch.tensor([value, sigma], dtype=confidence.dtype, device=confidence.device)
-    if not with_gradient:
-        return stats, confidence.new_empty(0)
-    at_fixpoint = bandwidth == 0.0 and sigma > LEAST_BANDWIDTH
-    grad = curve.gradient(sigma, sine) / (1 - slope if at_fixpoint else 1)
-    return stats, grad.to(confidence.dtype)
+    total = w.sum().where(allowed.all(), torch.nan)
+    curve = f.new_zeros(CURVE_LENGTH if with_curve else 0)
+    if not bool((w / total).isfinite().all()):
+        return confidence.new_full((), math.nan), confidence.new_full((), math.nan), curve.fill_(math.nan)
+    residuals = _Residuals(f, f - correct.double(), w / total)
+    sigma = bandwidth or residuals.fixpoint()
+    value, slope, sine = residuals.integral(sigma)
+    if with_curve:
+        at_fixpoint = bandwidth == 0.0 and sigma > LEAST_BANDWIDTH
+        curve[0] = sigma
+        curve[1] = 1 / (total * (1 - slope if at_fixpoint else 1))
+        curve[2 : 2 + len(sine)] = _doubled(_damping(sigma, _multiples(sine)) * sine)
+    return confidence.new_tensor(value), confidence.new_tensor(sigma), curve
+
+
+@torch.no_grad()
+def smooth_ece_gradient(
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+) -> Tensor:
+    """The gradient of the value that `curve` was left for times `value_grad`, (n,) in the confidences' dtype.
+
+    At a fixed σ it is ∂/∂f_i ∫ |R| = w_i (S(f_i) + r_i S′(f_i)) / Σ_i w_i; through the fixpoint, that over
+    1 − ∂/∂σ ∫ |R|.
+    """
+    sigma, factor, series = curve[0], value_grad.double() * curve[1], curve[2:]
+    if not sigma.isnan():
+        series = series[: math.ceil(CUTOFF / float(sigma)) + 1]
+    f = confidence.double()
+    value, slope = _evaluate(_with_derivatives(series, 1), f)
+    grad = factor * (value + (f - correct.double()) * slope)
+    return (grad if weights is None else grad * weights.double()).to(confidence.dtype)
 
 
 class _Residuals:
@@ -101,22 +126,21 @@ class _Residuals:
         terms = series * sine
         return float(terms.sum()), float(-(sigma * (torch.pi * k) ** 2 * terms).sum()), sine
 
-    def gradient(self, sigma: float, sine: Tensor) -> Tensor:
-        """∂/∂f_i ∫ |R| = w_i (S(f_i) + r_i S′(f_i)), S = K_σ ∗ sign R, (n,)."""
-        k = torch.arange(len(sine), dtype=sine.dtype, device=sine.device)
-        series = _doubled(_damping(sigma, k) * sine)
-        value, slope = _evaluate(_with_derivatives(series, 1), self.f)
-        return self.w * (value + self.r * slope)
-
     def series(self, sigma: float) -> tuple[Tensor, Tensor]:
         """Coefficients of R's cosine series, and their k."""
         count = math.ceil(CUTOFF / sigma) + 1
-        k = torch.arange(count, dtype=self.f.dtype, device=self.f.device)
         if len(self.moments) < count:
             moments = _sums(self.w * self.r, self.f, count).real
             # residuals that cancel leave rounding
             self.moments = moments.where(moments.abs() > CANCELLED * (self.w * self.r).abs().sum(), 0.0)
-        return _doubled(_damping(sigma, k) * self.moments[:count]), k
+        moments = self.moments[:count]
+        k = _multiples(moments)
+        return _doubled(_damping(sigma, k) * moments), k
+
+
+def _multiples(series: Tensor) -> Tensor:
+    """The k of a series' terms."""
+    return torch.arange(len(series), dtype=series.dtype, device=series.device)
 
 
 def _damping(sigma: float, k: Tensor) -> Tensor:
@@ -130,7 +154,7 @@ def _doubled(series: Tensor) -> Tensor:
 
 def _with_derivatives(series: Tensor, order: int) -> Tensor:
     """The function Re Σ_k series_k e^{iπkt} and its derivatives by t as such sums, (order + 1, K)."""
-    k = torch.arange(len(series), dtype=series.dtype, device=series.device)
+    k = _multiples(series)
     return torch.stack([series * (1j * torch.pi * k) ** n for n in range(order + 1)])
 
 

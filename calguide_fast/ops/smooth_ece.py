@@ -9,14 +9,17 @@ from torch import Tensor
 
 from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
-from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
+from calguide_fast.backends.smooth_ece import CURVE_LENGTH, LEAST_BANDWIDTH
 from calguide_fast.ops import checks
 from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, may_be_differentiated
 from calguide_fast.ops.top_label import top_label
 
 LIBRARY.define(
-    "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_gradient) "
-    "-> (Tensor stats, Tensor grad)"
+    "smooth_ece(Tensor confidence, Tensor correct, Tensor? weights, float bandwidth, bool with_curve) "
+    "-> (Tensor value, Tensor bandwidth, Tensor curve)"
+)
+LIBRARY.define(
+    "smooth_ece_gradient(Tensor confidence, Tensor correct, Tensor? weights, Tensor curve, Tensor value_grad) -> Tensor"
 )
 
 
@@ -44,8 +47,8 @@ def smooth_ece(
     and smECE is the σ* at which smECE_σ* = σ*. It lies between |mean(f − y)| and mean |f − y|, is 0 only where the
     residuals cancel, and changes continuously with the confidences.
 
-    Differentiable once in ``confidence``, through the fixpoint too; not in ``weights`` or ``correct``. Works under
-    ``torch.func`` and ``torch.compile``.
+    Differentiable once in ``confidence``, through the fixpoint too; not in ``weights`` or ``correct``. The backward
+    pass reads the samples again, which must not have changed by then. Works under ``torch.func`` and ``torch.compile``.
 
     Args:
         confidence: (n,) in [0, 1], float32, bfloat16, float16 or float64; computed in float64 whatever the dtype.
@@ -68,9 +71,10 @@ def smooth_ece(
     """
     sigma = _check_inputs(confidence, correct, bandwidth, weights)
     if may_be_differentiated(confidence):
-        return SmoothECE(*applied(_Differentiable, confidence, correct, weights, sigma)[:2])
-    stats, _ = _measure(confidence, correct, weights, sigma, False)
-    return SmoothECE(stats[0], stats[1])
+        value, found, _ = applied(_Differentiable, confidence, correct, weights, sigma)
+    else:
+        value, found, _ = _measure(confidence, correct, weights, sigma, False)
+    return SmoothECE(value, found)
 
 
 def smooth_ece_from_logits(
@@ -138,34 +142,63 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float) -> tuple[Tensor, ...]:
-        stats, grad = _measure(confidence, correct, weights, bandwidth, True)
-        return stats[0].clone(), stats[1].clone(), grad
+        return _measure(confidence, correct, weights, bandwidth, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[2])
-        ctx.dtype = inputs[0].dtype
+        _, sigma, curve = output
+        ctx.mark_non_differentiable(sigma, curve)
+        ctx.save_for_backward(*inputs[:3], curve)
         if not torch.compiler.is_compiling():
             # no zeros for the outputs that have no gradient
             ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
         if value_grad is None:
             return None, None, None, None
-        (grad,) = ctx.saved_tensors
-        return (value_grad * grad).to(ctx.dtype), None, None, None
+        confidence, correct, weights, curve = ctx.saved_tensors
+        # a second derivative cannot be asked for where no graph is recorded, or in a compiled one
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        inputs = confidence, correct, weights, curve, value_grad
+        return applied(_DifferentiableNoMore, *inputs) if recorded else _gradient(*inputs), None, None, None
+
+
+class _DifferentiableNoMore(torch.autograd.Function):
+    """The gradient, whose own is refused: what PyTorch has for this lets it be 0 under torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+    ) -> Tensor:
+        return _gradient(confidence, correct, weights, curve, value_grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("smooth_ece is differentiable once; this is its second derivative")
 
 
 def _measure(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The op itself: value and bandwidth (2,), and the value's gradient (n,) if asked for, else (0,)."""
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op itself: value and bandwidth, and what the gradient needs (CURVE_LENGTH,) if asked for, else (0,)."""
     if is_direct(confidence, correct, weights):
-        return _impl(confidence, correct, weights, bandwidth, with_gradient)
-    return dispatched(torch.ops.calguide_fast.smooth_ece, confidence, correct, weights, bandwidth, with_gradient)
+        return _impl(confidence, correct, weights, bandwidth, with_curve)
+    return dispatched(torch.ops.calguide_fast.smooth_ece, confidence, correct, weights, bandwidth, with_curve)
+
+
+def _gradient(confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor) -> Tensor:
+    """The value's gradient times `value_grad`, (n,) in the confidences' dtype, from the curve measured for them."""
+    if is_direct(confidence, correct, weights, curve, value_grad):
+        return _gradient_impl(confidence, correct, weights, curve, value_grad)
+    op = torch.ops.calguide_fast.smooth_ece_gradient
+    return dispatched(op, confidence, correct, weights, curve, value_grad)
 
 
 def _result_dtype(confidence: Tensor) -> torch.dtype:
@@ -174,10 +207,11 @@ def _result_dtype(confidence: Tensor) -> torch.dtype:
 
 @torch.library.impl(LIBRARY, "smooth_ece", "CompositeExplicitAutograd")
 def _impl(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _result_dtype(confidence)
-    confidence = confidence.to(dtype)
+    # a conversion to its own dtype costs as much as the rest of this
+    confidence = confidence if confidence.dtype is dtype else confidence.to(dtype)
     weights = None if weights is None else weights.to(dtype)
     if correct.dtype != torch.bool:
         if confidence.device.type == "cpu":
@@ -185,25 +219,50 @@ def _impl(
         else:
             confidence = confidence.where((correct == 0) | (correct == 1), torch.nan)
         correct = correct != 0
-    return backends.choose(confidence, "smooth_ece").smooth_ece(confidence, correct, weights, bandwidth, with_gradient)
+    return backends.choose(confidence, "smooth_ece").smooth_ece(confidence, correct, weights, bandwidth, with_curve)
+
+
+@torch.library.impl(LIBRARY, "smooth_ece_gradient", "CompositeExplicitAutograd")
+def _gradient_impl(
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+) -> Tensor:
+    dtype = _result_dtype(confidence)
+    weights = None if weights is None else weights.to(dtype)
+    correct = correct if correct.dtype == torch.bool else correct != 0
+    value_grad = value_grad if value_grad.dtype is dtype else value_grad.to(dtype)
+    backend = backends.choose(confidence, "smooth_ece")
+    return backend.smooth_ece_gradient(confidence, correct, weights, curve, value_grad)
 
 
 @torch.library.register_fake("calguide_fast::smooth_ece", lib=LIBRARY)
 def _fake(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(confidence)
-    grad = confidence.new_empty(confidence.shape if with_gradient else (0,), dtype=dtype)
-    return confidence.new_empty(2, dtype=dtype), grad
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, sigma = (confidence.new_empty((), dtype=_result_dtype(confidence)) for _ in range(2))
+    return value, sigma, confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
+
+
+@torch.library.register_fake("calguide_fast::smooth_ece_gradient", lib=LIBRARY)
+def _gradient_fake(
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
+) -> Tensor:
+    return confidence.new_empty(confidence.shape)
+
+
+def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    return [
+        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
 
 
 @torch.library.register_vmap("calguide_fast::smooth_ece", lib=LIBRARY)
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    # one fixpoint after the other: each has a bandwidth of its own
-    each = [
-        torch.ops.calguide_fast.smooth_ece(
-            *(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0, 0)
+    # each fixpoint has a bandwidth of its own
+    each = _one_by_one(torch.ops.calguide_fast.smooth_ece, info, in_dims, arguments)
+    return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0, 0, 0)
+
+
+@torch.library.register_vmap("calguide_fast::smooth_ece_gradient", lib=LIBRARY)
+def _gradient_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    return torch.stack(_one_by_one(torch.ops.calguide_fast.smooth_ece_gradient, info, in_dims, arguments)), 0

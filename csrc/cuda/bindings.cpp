@@ -83,17 +83,37 @@ PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
 }
 
 void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, uintptr_t weights, int64_t count,
-                bool wide, double bandwidth, uintptr_t stats, uintptr_t grad, uintptr_t scratch) {
+                bool wide, double bandwidth, uintptr_t value, uintptr_t sigma, uintptr_t curve, int64_t curve_length,
+                uintptr_t scratch) {
   const SmoothEceArguments arguments = {reinterpret_cast<const void*>(confidence),
                                         reinterpret_cast<const uint8_t*>(correct),
                                         reinterpret_cast<const void*>(weights),
                                         count,
                                         wide,
                                         bandwidth,
-                                        reinterpret_cast<void*>(stats),
-                                        reinterpret_cast<void*>(grad)};
+                                        reinterpret_cast<void*>(value),
+                                        reinterpret_cast<void*>(sigma),
+                                        reinterpret_cast<double*>(curve),
+                                        curve_length};
   launch_at(pair.ptr(), [&](const Place& place) {
     launch_smooth_ece(arguments, reinterpret_cast<SmoothEceScratch*>(scratch), place);
+  });
+}
+
+void smooth_ece_gradient(const py::tuple& pair, uintptr_t confidence, int storage, bool wide, uintptr_t correct,
+                         uintptr_t weights, int64_t count, uintptr_t curve, uintptr_t value_grad, uintptr_t grad,
+                         uintptr_t scratch) {
+  const SmoothEceGradientArguments arguments = {reinterpret_cast<const void*>(confidence),
+                                                storage,
+                                                wide,
+                                                reinterpret_cast<const uint8_t*>(correct),
+                                                reinterpret_cast<const void*>(weights),
+                                                count,
+                                                reinterpret_cast<const double*>(curve),
+                                                reinterpret_cast<const void*>(value_grad),
+                                                reinterpret_cast<void*>(grad)};
+  launch_at(pair.ptr(), [&](const Place& place) {
+    launch_smooth_ece_gradient(arguments, reinterpret_cast<SmoothEceGradientScratch*>(scratch), place);
   });
 }
 
@@ -166,8 +186,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
   module.def("smooth_ece", &smooth_ece);
-  // doubles that every call of smooth_ece needs to itself
+  module.def("smooth_ece_gradient", &smooth_ece_gradient);
+  // doubles that every call of these needs to itself
   module.attr("smooth_ece_scratch") = sizeof(SmoothEceScratch) / sizeof(double);
+  module.attr("smooth_ece_gradient_scratch") = sizeof(SmoothEceGradientScratch) / sizeof(double);
   module.def("unavailable", &unavailable);
   module.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
 }

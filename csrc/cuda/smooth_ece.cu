@@ -44,17 +44,19 @@ void launch(const SmoothEceArguments& a, SmoothEceScratch* scratch, const Place&
   CALGUIDE_LAUNCH((prepare_kernel<Real>), dim3(parts), dim3(PrepareBlock::size), 0, place.stream(), a, scratch);
   deposit<Real>(a, scratch, parts, place);
   CALGUIDE_LAUNCH((column_waves_kernel), dim3(moment_rows + 1), dim3(moment_columns), 0, place.stream(), scratch);
-  CALGUIDE_LAUNCH((search_kernel), dim3(1), dim3(SearchBlock::size), most_terms * sizeof(double), place.stream(),
-                  a.bandwidth, scratch, a.stats, a.wide);
-  if (a.grad == nullptr) return;
+  CALGUIDE_LAUNCH((search_kernel), dim3(1), dim3(SearchBlock::size), most_terms * sizeof(double), place.stream(), a,
+                  scratch);
+}
+
+template <class T>
+void launch_gradient(const SmoothEceGradientArguments& a, SmoothEceGradientScratch* scratch, const Place& place) {
   // as many cells as there can be: the blocks beyond those that there are end at once
-  const int64_t nodes = gradient_cells(a.bandwidth == 0.0 ? least_bandwidth : a.bandwidth) + 1;
-  CALGUIDE_LAUNCH((curve_kernel), dim3(static_cast<unsigned>(ceiling(nodes, curve_threads))), dim3(curve_threads), 0,
-                  place.stream(), scratch);
+  const unsigned node_blocks = static_cast<unsigned>(ceiling(most_cells + 1, curve_threads));
+  CALGUIDE_LAUNCH((curve_kernel), dim3(node_blocks), dim3(curve_threads), 0, place.stream(), a.curve, scratch);
   const int64_t wanted = 32 * static_cast<int64_t>(place.attribute(cudaDevAttrMultiProcessorCount));
   const int64_t blocks = within(ceiling(a.count, gradient_threads), 1, wanted);
-  CALGUIDE_LAUNCH((gradient_kernel<Real>), dim3(static_cast<unsigned>(blocks)), dim3(gradient_threads), 0,
-                  place.stream(), a, scratch);
+  CALGUIDE_LAUNCH((gradient_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(gradient_threads), 0, place.stream(),
+                  a, scratch);
 }
 
 }  // namespace
@@ -66,6 +68,16 @@ void launch_smooth_ece(const SmoothEceArguments& arguments, SmoothEceScratch* sc
     launch<float>(arguments, scratch, place);
   }
   check(cudaGetLastError(), "launch smooth_ece");
+}
+
+void launch_smooth_ece_gradient(const SmoothEceGradientArguments& arguments, SmoothEceGradientScratch* scratch,
+                                const Place& place) {
+  if (arguments.wide) {
+    launch_gradient<double>(arguments, scratch, place);
+  } else {
+    with_storage(arguments.storage, [&](auto type) { launch_gradient<decltype(type)>(arguments, scratch, place); });
+  }
+  check(cudaGetLastError(), "launch smooth_ece_gradient");
 }
 
 }  // namespace calguide

@@ -16,11 +16,8 @@ constexpr int moment_columns = 256, moment_rows = deposit_bins / moment_columns;
 constexpr double deposit_unit = 0x1p-61;
 constexpr int weight_parts = 256;
 constexpr int most_intervals = static_cast<int>(points_per_sigma / least_bandwidth + 0.5);
-constexpr int most_cells = static_cast<int>(cells_per_sigma / least_bandwidth + 0.5);
-
-struct CurveNode {
-  double value, slope;  // of S, the slope by the number of cells
-};
+constexpr int most_cells = 1 << 15;
+static_assert(most_cells * least_bandwidth >= cells_per_sigma, "the curve of the least bandwidth must have room");
 
 // What the launches leave each other. The caller sees to the memory, which need not be cleared.
 struct SmoothEceScratch {
@@ -34,13 +31,22 @@ struct SmoothEceScratch {
   double place[2 * (most_intervals + 1)], value[2 * (most_intervals + 1)];
   int bracket[2 * (most_intervals + 1)][2];
   double root[2 * (most_intervals + 1)], rise[2 * (most_intervals + 1)];
-  double sigma, scale;       // scale of the gradient, NaN where nothing is to be measured
-  double signs[most_terms];  // the cosine series of S
-  CurveNode curve[most_cells + 1];
 };
 
-// Four launches on the place's stream, two more with a gradient. The scratch memory begins on a boundary of sixteen
-// bytes. What is not allowed makes the results NaN. Throws what CUDA says.
+struct CurveNode {
+  double value, slope;  // of S, the slope by the number of cells
+};
+
+struct SmoothEceGradientScratch {
+  CurveNode nodes[most_cells + 1];
+};
+
+// Four launches on the place's stream. The scratch memory begins on a boundary of sixteen bytes. What is not allowed
+// makes the results NaN. Throws what CUDA says.
 void launch_smooth_ece(const SmoothEceArguments& arguments, SmoothEceScratch* scratch, const Place& place);
+
+// Two more; the same of them.
+void launch_smooth_ece_gradient(const SmoothEceGradientArguments& arguments, SmoothEceGradientScratch* scratch,
+                                const Place& place);
 
 }  // namespace calguide

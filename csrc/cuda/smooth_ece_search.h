@@ -218,13 +218,14 @@ struct Residuals {
   }
 };
 
-// The fixpoint, or where a bandwidth is given the integral there; leaves the gradient's series and scale.
+// The fixpoint, or where a bandwidth is given the integral there; leaves the gradient's curve where one is wanted.
 __global__ void __launch_bounds__(SearchBlock::size, 1)
-    search_kernel(double bandwidth, SmoothEceScratch* scratch, void* stats, bool wide) {
+    search_kernel(const SmoothEceArguments a, SmoothEceScratch* scratch) {
   CALGUIDE_SHARED(double, sums, SearchBlock::scratch_length);
   CALGUIDE_DYNAMIC_SHARED(double, series);
   const SearchBlock group = {sums};
-  const double total = scratch->total;
+  const double bandwidth = a.bandwidth, total = scratch->total;
+  double* const curve = a.curve;
   const bool allowed = scratch->spoilt == 0 && total > 0.0 && total < INFINITY;
   double sigma = NAN, slope = 0.0, value = NAN;
   if (allowed) {
@@ -240,19 +241,24 @@ __global__ void __launch_bounds__(SearchBlock::size, 1)
     if (bandwidth == 0.0 && at.value == 0.0) sigma = least_bandwidth;
     value = at.value;
     slope = bandwidth == 0.0 && sigma > least_bandwidth ? at.slope : 0.0;
-    const int terms = static_cast<int>(series_terms(sigma));
-    for (int k = group.rank(); k < terms; k += SearchBlock::size) {
-      scratch->signs[k] = value == 0.0 ? 0.0 : damping(sigma, k) * scratch->sine[k];
+  }
+  if (curve != nullptr) {
+    const int length = static_cast<int>(a.curve_length - curve_series);
+    const int terms = allowed && value != 0.0 ? static_cast<int>(series_terms(sigma)) : 0;
+    for (int k = group.rank(); k < length; k += SearchBlock::size) {
+      curve[curve_series + k] = k < terms ? damping(sigma, k) * scratch->sine[k] : 0.0;
     }
   }
   if (group.rank() != 0) return;
-  scratch->sigma = sigma;
-  scratch->scale = allowed ? 1.0 / (total * (1.0 - slope)) : NAN;
-  if (wide) {
-    static_cast<double*>(stats)[0] = value, static_cast<double*>(stats)[1] = sigma;
+  if (curve != nullptr) {
+    curve[curve_sigma] = sigma;
+    curve[curve_factor] = allowed ? 1.0 / (total * (1.0 - slope)) : NAN;
+  }
+  if (a.wide) {
+    *static_cast<double*>(a.value) = value, *static_cast<double*>(a.sigma) = sigma;
   } else {
-    static_cast<float*>(stats)[0] = static_cast<float>(value),
-    static_cast<float*>(stats)[1] = static_cast<float>(sigma);
+    *static_cast<float*>(a.value) = static_cast<float>(value),
+    *static_cast<float*>(a.sigma) = static_cast<float>(sigma);
   }
 }
 

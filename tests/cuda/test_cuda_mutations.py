@@ -142,7 +142,12 @@ MUTATIONS = {
         "false",
     ),
     "the last end of a cell left out": ("smooth_ece_gradient.h", "if («node > cells») return;", "node >= cells"),
-    "cells of one end": ("smooth_ece_gradient.h", "right = scratch->curve[«cell + 1»];", "cell"),
+    "a gradient of the value alone": (
+        "smooth_ece_gradient.h",
+        "curve[curve_factor] * «*static_cast<const Real*>(a.value_grad)»;",
+        "1.0",
+    ),
+    "cells of one end": ("smooth_ece_gradient.h", "right = scratch->nodes[«cell + 1»];", "cell"),
     "no barrier before an image's scalars are read": (
         "step.cu",
         "share.part() == 0);\n  }\n  «__syncthreads();»",

@@ -40,6 +40,7 @@ def load_backend(library: Path) -> ModuleType:
         "top_label",
         "top_label_backward",
         "smooth_ece",
+        "smooth_ece_gradient",
     ):
         # there is no device to make the current one
         setattr(module, name, getattr(module, name).__wrapped__)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
+from measured import value_and_gradient
 from torch import Tensor
 
 from calguide_fast.backends import reference
@@ -167,7 +168,8 @@ def calibration(
 ) -> Call:
     confidence = torch.rand(count, generator=_generator(), dtype=torch.float64)
     correct = torch.rand(count, generator=_generator(1), dtype=torch.float64) < confidence
-    weights = torch.rand(count, generator=_generator(2), dtype=dtype) if weighted else None
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = torch.rand(count, generator=_generator(2), dtype=wide) if weighted else None
     if kind == "sure":
         # at the ends, and so near them that a node beyond has a share
         confidence[::3], confidence[1::6], confidence[2::6] = 1.0, 1 - 2e-5 * confidence[1::6], 2e-5 * confidence[2::6]
@@ -182,8 +184,8 @@ def calibration(
     def call(backend: ModuleType) -> list[Tensor]:
         if kind == "spoilt" and backend is reference:
             # what it makes an error of where it need not wait
-            return [torch.full((2,), math.nan, dtype=dtype), torch.full((count,), math.nan, dtype=dtype)]
-        stats, grad = backend.smooth_ece(confidence, correct, weights, bandwidth, True)
+            return [torch.full((2,), math.nan, dtype=wide), torch.full((count,), math.nan, dtype=dtype)]
+        stats, grad = value_and_gradient(backend, confidence, correct, weights, bandwidth)
         # allowed two thousand times the error of the value, as it is 1 to 20 times 1 / count
         return [stats, grad * (count / 2000)]
 
@@ -233,6 +235,7 @@ def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
     yield "smooth ECE of a few samples", calibration("dipping", 3, weighted=True, bandwidth=0.1), {}
     yield "smooth ECE of blocks", calibration("even", 1500), {}
     yield "smooth ECE of weights", calibration("even", 5000, torch.float32, weighted=True, bandwidth=0.02), {}
+    yield "smooth ECE in halves", calibration("even", 300, torch.float16, weighted=True), {}
     yield "smooth ECE of a sure classifier", calibration("sure", 700, weighted=True, bandwidth=0.005), {}
     yield "smooth ECE of a wide kernel", calibration("even", 300, torch.float32, bandwidth=3.0), {}
     yield "smooth ECE of a NaN", calibration("spoilt", 300), {}

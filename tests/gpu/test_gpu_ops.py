@@ -303,16 +303,20 @@ def test_smooth_ece_of_what_is_not_allowed_is_nan(spoilt, kernels):
 
 def test_a_cuda_graph_records_the_smooth_ece(kernels):
     held, correct = outcomes("off", 70_001, torch.float32)
-    ops = torch.ops.calguide_fast
-    ops.smooth_ece(held, correct, None, 0.0, True)
+    ops, value_grad = torch.ops.calguide_fast, torch.ones((), device="cuda")
+
+    def measured():
+        value, sigma, curve = ops.smooth_ece(held, correct, None, 0.0, True)
+        return value, sigma, ops.smooth_ece_gradient(held, correct, None, curve, value_grad)
+
+    measured()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = ops.smooth_ece(held, correct, None, 0.0, True)
+        results = measured()
     for kind in ("calibrated", "sure"):
         held.copy_(outcomes(kind, len(held), torch.float32)[0])
         graph.replay()
-        expected = ops.smooth_ece(held, correct, None, 0.0, True)
-        assert all(torch.equal(a, b) for a, b in zip(results, expected))
+        assert all(torch.equal(a, b) for a, b in zip(results, measured()))
 
 
 @pytest.fixture

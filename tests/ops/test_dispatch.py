@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import calguide_fast.ops.smooth_ece as ece
 from calguide_fast import guidance_gradient, guidance_score, guided_step, predict_x0, smooth_ece, tilt_weights
 from calguide_fast.ops._library import LIBRARY, is_direct
 from calguide_fast.ops.guidance import guidance_settings
@@ -56,6 +57,11 @@ def step_arguments(boosted: bool):
     return x_t, output, row, gradient, *vectors, noise, None, torch.zeros(2), 0, True, 1.5, -0.2, 2.0, False, 0.3, True
 
 
+def curve_arguments(confidence, correct, weights, bandwidth):
+    _, _, curve = torch.ops.calguide_fast.smooth_ece(confidence, correct, weights, bandwidth, True)
+    return confidence, correct, weights, curve, torch.tensor(-1.5)
+
+
 # sample arguments of every op; one that is missing here fails test_every_op_has_samples
 SAMPLES = {
     "guidance_gradient": lambda: [
@@ -66,6 +72,10 @@ SAMPLES = {
     "smooth_ece": lambda: [
         (torch.rand(7), torch.rand(7) < 0.5, None, 0.0, True),
         (torch.rand(7).bfloat16(), torch.tensor([0, 1, 1, 0, 1, 0, 1]), torch.rand(7), 0.1, False),
+    ],
+    "smooth_ece_gradient": lambda: [
+        curve_arguments(torch.rand(7), torch.rand(7) < 0.5, None, 0.0),
+        curve_arguments(torch.rand(7).bfloat16(), torch.tensor([0, 1, 1, 0, 1, 0, 1]), torch.rand(7), 0.1),
     ],
     "top_label": lambda: [
         logits_and_labels(),
@@ -108,11 +118,14 @@ def use_everything(logits, labels, x_t, output, row, gradient, noise, running, s
     boost = {} if running is None else {"variance_max": running, "sine_boost": 0.3}
     x_prev = guided_step(x_t, output, row, gradient, noise=noise, weights=weights, scale=2.0, **boost)
     seeded = guided_step(x_t, output, row, gradient, seeds=seeds, scores=found.score[:2], tilt=0.3, method="ddim")
-    calibration = smooth_ece(logits.detach().softmax(1).flatten(), (logits > 0).flatten()).value
+    predictions = logits.detach().softmax(1).flatten(), (logits > 0).flatten(), None
+    calibration = smooth_ece(*predictions[:2]).value
+    value, _, curve = ece._measure(*predictions, 0.0, True)
+    steepness = ece._gradient(*predictions, curve, value)
     confidence, top, correct = top_label(logits.detach(), labels)
     pulled = _gradient(found.score, logits.detach(), confidence, top)
     noise = sampling_noise(seeds, (3, 4, 4), 0)
-    results = (found.grad, found.score, weights, x0, x_prev, seeded, noise, calibration, confidence, pulled)
+    results = (found.grad, found.score, weights, x0, x_prev, seeded, noise, calibration, steepness, confidence, pulled)
     results += (top.double(), correct.double())
     return results if running is None else (*results, running + 0)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from emulation.backend import emulated_backend, serve_cpu_tensors
 from formulas import assert_near
+from measured import value_and_gradient
 from numpy.typing import NDArray
 
 from calguide_fast import smooth_ece, smooth_ece_from_logits, use_backend
@@ -189,9 +190,9 @@ def test_binned_moments_serve_any_bandwidth(sigma):
 @pytest.mark.parametrize("power", [1.0, 1.5])
 def test_kernels_equal_reference(n, power):
     f, y = sample(n, power)
-    expected_stats, expected_grad = reference.smooth_ece(f, y, None, 0.0, True)
+    expected_stats, expected_grad = value_and_gradient(reference, f, y, None, 0.0)
     for backend in (cpu, emulated_backend()):
-        stats, grad = backend.smooth_ece(f, y, None, 0.0, True)
+        stats, grad = value_and_gradient(backend, f, y, None, 0.0)
         assert_near(stats, expected_stats, 2e-9)
         assert_near(grad / expected_grad.abs().max(), expected_grad / expected_grad.abs().max(), 5e-6)
 
@@ -237,9 +238,13 @@ def test_narrow_confidences(dtype, served):
     found, wide = smooth_ece(f, y), smooth_ece(f.double(), y)
     assert found.value.dtype == torch.float32
     assert_near(found.value, wide.value, 1e-7)
-    leaf = f.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(smooth_ece(leaf, y).value, leaf)
+    leaf, wide_leaf = f.clone().requires_grad_(), f.double().requires_grad_()
+    (grad,) = torch.autograd.grad(1000 * smooth_ece(leaf, y).value, leaf)
+    (wide_grad,) = torch.autograd.grad(1000 * smooth_ece(wide_leaf, y).value, wide_leaf)
     assert grad.dtype == dtype
+    # in units of the largest
+    size = wide_grad.abs().max()
+    assert_near(grad.double() / size, wide_grad / size, max(5e-6, torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -283,10 +288,47 @@ def test_gradient_scales_and_bandwidth_is_detached(served):
     found = smooth_ece(leaf, y)
     assert found.value.requires_grad and not found.bandwidth.requires_grad
     (grad,) = torch.autograd.grad(found.value, leaf)
-    (scaled,) = torch.autograd.grad(-3 * smooth_ece(leaf, y).value, leaf)
-    assert torch.equal(scaled, -3 * grad)
+    (scaled,) = torch.autograd.grad(-4 * smooth_ece(leaf, y).value, leaf)
+    assert torch.equal(scaled, -4 * grad)
     with torch.no_grad():
         assert not smooth_ece(leaf, y).value.requires_grad
+
+
+def test_a_second_derivative_is_refused(served_quickly):
+    f, y = sample(50)
+    leaf = f.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(smooth_ece(leaf, y).value, leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        (grad.sum() + leaf.sum()).backward()
+    first = torch.func.grad(lambda f: smooth_ece(f, y).value)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.func.grad(lambda f: first(f).sum())(f)
+
+
+def test_value_may_be_added_to_and_samples_may_not_change(served_quickly):
+    f, y = sample(50)
+    leaf = f.clone().requires_grad_()
+    value = smooth_ece(leaf, y).value
+    (grad,) = torch.autograd.grad(value, leaf)
+    loss = smooth_ece(leaf, y).value
+    loss += 1.0
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], grad)
+    loss = smooth_ece(leaf, y).value
+    y.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(5000, torch.float64), (5001, torch.float16), (2_200_000, torch.float32)])
+def test_gradient_of_a_few_is_that_among_all(n, dtype):
+    """A few samples have the curve at their own places, many its cubics, in memory of huge pages where it is large."""
+    f, y = sample(n, 1.0, dtype)
+    _, _, curve = cpu.smooth_ece(f.double(), y, None, 0.03, True)
+    value_grad = torch.full((), float(n), dtype=torch.promote_types(dtype, torch.float32))
+    grad = cpu.smooth_ece_gradient(f, y, None, curve, value_grad)
+    few = cpu.smooth_ece_gradient(f[-200:], y[-200:], None, curve, value_grad)
+    size = few.abs().max().double()
+    assert_near(grad[-200:] / size, few / size, max(5e-6, torch.finfo(dtype).eps))
 
 
 def test_func_transforms(served_quickly):
@@ -392,7 +434,7 @@ def test_result_does_not_depend_on_threads(two_threads):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(cpu.smooth_ece(f, y, w, 0.0, True))
+        results.append(value_and_gradient(cpu, f, y, w, 0.0))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
@@ -513,12 +555,12 @@ def test_where_values_are_not_looked_at_they_give_nan(spoilt, bandwidth, backend
     samples = HALF.clone(), torch.ones(3)
     which, value = SPOILT[spoilt]
     samples[which][1] = value
-    stats, grad = kernels.smooth_ece(samples[0], RIGHT > 0, samples[1], bandwidth, True)
+    stats, grad = value_and_gradient(kernels, samples[0], RIGHT > 0, samples[1], bandwidth)
     assert stats.isnan().all() and grad.shape == (3,) and grad.isnan().all()
 
 
 def test_weights_that_are_all_zero_give_nan_where_they_are_not_looked_at(monkeypatch):
     monkeypatch.setattr(plain, "check_outcomes", lambda *arguments: None)
     for kernels in (emulated_backend(), reference):
-        stats, grad = kernels.smooth_ece(HALF, RIGHT > 0, torch.zeros(3), 0.0, True)
+        stats, grad = value_and_gradient(kernels, HALF, RIGHT > 0, torch.zeros(3), 0.0)
         assert stats.isnan().all() and grad.isnan().all()

@@ -78,10 +78,12 @@ def x0(dtype, last, batch=3):
     backend.predict_x0(x_t, torch.zeros(batch, 6, 32, 32, dtype=dtype), ROW, True, out)
 
 
-def smooth_ece(kernel, weighted=False, batch=3):
+def smooth_ece(kernel, weighted=False, dtype=F32, batch=3):
     """Launches them all; the one named is looked at."""
     confidence = torch.zeros(batch)
-    backend.smooth_ece(confidence, confidence > 0.5, confidence if weighted else None, 0.0, True)
+    correct, weights = confidence > 0.5, confidence if weighted else None
+    value, _, curve = backend.smooth_ece(confidence, correct, weights, 0.0, True)
+    backend.smooth_ece_gradient(confidence.to(dtype), correct, weights, curve, value)
     return kernel
 
 
@@ -120,6 +122,7 @@ CASES = {
     "curve": (smooth_ece, ("_curve_kernel",), {}),
     "gradient": (smooth_ece, ("_gradient_kernel",), {}),
     "gradient weighted": (smooth_ece, ("_gradient_kernel",), {"weighted": True}),
+    "gradient half": (smooth_ece, ("_gradient_kernel",), {"dtype": BF16}),
 }
 
 

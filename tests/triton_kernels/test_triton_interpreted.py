@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HAS_TRITON
 from formulas import NAMES, assert_near, literal
+from measured import value_and_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calguide_fast import FDivSampler, Guidance, guidance_gradient, guided_step, tilt_weights, use_backend
@@ -181,7 +182,7 @@ def test_nothing_waits_for_the_device(backend):
             x_t, output, ROW, x_t, vector, vector, None, labels, vector, 0, True, 1.0, 0.3, 2.0, False, 0.3, True, x_t
         )
         backend.philox_normal(labels, (3, 5), 7, 1)
-        backend.smooth_ece(vector[::2], vector[::2] > 0.5, vector[::2], 0.1, True)
+        value_and_gradient(backend, vector[::2], vector[::2] > 0.5, vector[::2], 0.1)
 
 
 def test_draws_and_streams_beyond_31_bits(backend):
@@ -221,7 +222,7 @@ def predictions(n, power, dtype=F64):
 
 def assert_near_reference(found, arguments, tolerance=2e-9):
     """Value and bandwidth, and the gradient relative to its largest size."""
-    (stats, grad), (expected, expected_grad) = found, reference.smooth_ece(*arguments)
+    (stats, grad), (expected, expected_grad) = found, value_and_gradient(reference, *arguments)
     assert stats.dtype == grad.dtype == arguments[0].dtype
     assert_near(stats, expected.double(), tolerance)
     size = expected_grad.abs().max()
@@ -234,45 +235,46 @@ def assert_near_reference(found, arguments, tolerance=2e-9):
 )
 def test_smooth_ece_is_the_references(n, power, bandwidth, dtype, weighted, backend):
     f, y = predictions(n, power, dtype)
-    arguments = (f, y, torch.rand(n).to(dtype) if weighted else None, bandwidth, True)
-    assert_near_reference(backend.smooth_ece(*arguments), arguments, 2e-9 if dtype == F64 else 1e-7)
+    arguments = (f, y, torch.rand(n).to(dtype) if weighted else None, bandwidth)
+    assert_near_reference(value_and_gradient(backend, *arguments), arguments, 2e-9 if dtype == F64 else 1e-7)
 
 
 def test_smooth_ece_of_masses_at_the_ends(backend):
     """Which are a run of one bin, and share out to nodes beyond."""
     f = torch.cat([torch.zeros(400), torch.ones(500), torch.rand(100)]).double()
-    arguments = (f, torch.rand(1000) < 0.8 * f + 0.15, None, 0.0, True)
-    assert_near_reference(backend.smooth_ece(*arguments), arguments)
+    arguments = (f, torch.rand(1000) < 0.8 * f + 0.15, None, 0.0)
+    assert_near_reference(value_and_gradient(backend, *arguments), arguments)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("bandwidth", [0.0, 0.03])
 def test_smooth_ece_in_tiles_as_they_are_launched(bandwidth, backend):
-    importlib.reload(importlib.import_module("calguide_fast.backends.triton.smooth_ece"))
+    for name in ("smooth_ece", "smooth_ece_gradient"):
+        importlib.reload(importlib.import_module(f"calguide_fast.backends.triton.{name}"))
     f, y = predictions(20_000, 1.1)
-    arguments = (f, y, torch.rand(len(f), dtype=F64), bandwidth, True)
-    assert_near_reference(backend.smooth_ece(*arguments), arguments)
+    arguments = (f, y, torch.rand(len(f), dtype=F64), bandwidth)
+    assert_near_reference(value_and_gradient(backend, *arguments), arguments)
 
 
 def test_smooth_ece_finds_a_double_root_between_two_looks(backend):
     """R dips through 0 between two points of the grid, and shows it at neither."""
     f, y = torch.tensor([0.2062, 0.4562, 0.7062], dtype=F64), torch.tensor([False, True, False])
-    arguments = (f, y, torch.tensor([1.0, 0.062, 1.0], dtype=F64), 0.1, True)
-    assert_near_reference(backend.smooth_ece(*arguments), arguments, 1e-9)
+    arguments = (f, y, torch.tensor([1.0, 0.062, 1.0], dtype=F64), 0.1)
+    assert_near_reference(value_and_gradient(backend, *arguments), arguments, 1e-9)
 
 
 def test_smooth_ece_does_not_depend_on_the_order(backend):
     """To the bit: programs add to the same sums in whatever order they run."""
     f, y = predictions(20_000, 1.5, F32)
     order = torch.randperm(len(f))
-    stats, grad = backend.smooth_ece(f, y, None, 0.1, True)
-    again, grad_again = backend.smooth_ece(f[order], y[order], None, 0.1, True)
+    stats, grad = value_and_gradient(backend, f, y, None, 0.1)
+    again, grad_again = value_and_gradient(backend, f[order], y[order], None, 0.1)
     assert torch.equal(stats, again) and torch.equal(grad[order], grad_again)
 
 
 def test_residuals_that_cancel_do_so_exactly(backend):
     f, y = torch.full((6,), 0.25, dtype=F64), torch.tensor([True, False, False, False, False, False])
-    stats, grad = backend.smooth_ece(f, y, torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=F64), 0.0, True)
+    stats, grad = value_and_gradient(backend, f, y, torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=F64), 0.0)
     assert stats.tolist() == [0.0, 1e-3] and torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -290,5 +292,5 @@ def test_residuals_that_cancel_do_so_exactly(backend):
 def test_smooth_ece_of_what_is_not_allowed_is_nan(confidence, weights, backend):
     f, y = torch.tensor([confidence, 0.5], dtype=F64), torch.tensor([True, False])
     w = None if weights is None else torch.tensor(weights, dtype=F64)
-    stats, grad = backend.smooth_ece(f, y, w, 0.0, True)
+    stats, grad = value_and_gradient(backend, f, y, w, 0.0)
     assert stats.isnan().all() and grad.shape == (2,) and grad.isnan().all()

@@ -11,6 +11,7 @@ import triton
 from calguide_fast.backends.triton.guidance import guidance_gradient
 from calguide_fast.backends.triton.noise import philox_normal
 from calguide_fast.backends.triton.smooth_ece import smooth_ece
+from calguide_fast.backends.triton.smooth_ece_gradient import smooth_ece_gradient
 from calguide_fast.backends.triton.step import guided_step, predict_x0
 from calguide_fast.backends.triton.tilt import tilt_weights
 from calguide_fast.backends.triton.top_label import top_label, top_label_backward
@@ -22,6 +23,7 @@ __all__ = [
     "philox_normal",
     "predict_x0",
     "smooth_ece",
+    "smooth_ece_gradient",
     "tilt_weights",
     "top_label",
     "top_label_backward",

@@ -1,4 +1,4 @@
-"""smooth_ece in a fixed sequence of launches, none of which waits for the host: samples, moments, search, gradient.
+"""smooth_ece in a fixed sequence of launches, none of which waits for the host: samples, moments, search.
 
 The method is that of `csrc/cpu/kernels/smooth_ece.cpp` with bins for any number of samples, which share their residuals
 out to nodes by cubic interpolation. The shares are summed as integers, of which 2^61 stand for about the total weight:
@@ -12,15 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
+from calguide_fast.backends.smooth_ece import CURVE_LENGTH
 from calguide_fast.backends.triton.cosine_series import LANES, cosine_sums
 from calguide_fast.backends.triton.launch import as_double, device_of, doubles
 from calguide_fast.backends.triton.smooth_ece_search import (
     MOST_TERMS,
     SEARCH_SCRATCH,
-    SERIES,
     all_allowed,
-    intervals_of,
     least_bandwidth,
     search_kernel,
     terms_of,
@@ -35,9 +33,6 @@ PARTS = tl.constexpr(BINS.value // PART.value + 1)
 NODES = tl.constexpr(PARTS.value * PART.value)
 # tables of nodes, among which programs are spread: a saturated classifier has most samples in one bin
 TABLES = tl.constexpr(8)
-# cells per sigma of the cubics that give the gradient
-CELLS = tl.constexpr(24)
-_MOST_CELLS = int(CELLS.value / LEAST_BANDWIDTH)
 
 # programs that sum the weights
 TOTALS = tl.constexpr(128)
@@ -54,14 +49,12 @@ _PROGRAMS, _TILES = 2112, 8
 
 FUSED = {"enable_fp_fusion": True}
 
-# offsets into scratch memory, in float64 numbers: the total weight, the moments' unit, R's mean, the bandwidth, the
-# gradient's factor; then whole arrays
+# offsets into scratch memory, in float64 numbers: the total weight, the moments' unit, R's mean; then whole arrays
 _NUMBERS = 0
 _TOTALS = 16
 _NODES = _TOTALS + TOTALS.value
 _MOMENTS = _NODES + NODES.value
-_CURVE = _MOMENTS + PARTS.value * MOST_TERMS.value
-_SEARCH = _CURVE + 2 * (_MOST_CELLS + 1)
+_SEARCH = _MOMENTS + PARTS.value * MOST_TERMS.value
 _SCRATCH = _SEARCH + SEARCH_SCRATCH
 
 
@@ -171,53 +164,21 @@ def _moments_kernel(sums, numbers, nodes, moments, bandwidth: tl.int64, PLACES: 
         tl.store(numbers + 2, mean)
 
 
-@triton.jit
-def _curve_kernel(numbers, series, curve, PLACES: tl.constexpr):
-    """S = K * sign R and its slope, per cell, at the ends of the cells: (S, slope) for each."""
-    sigma = tl.load(numbers + 3)
-    cells = intervals_of(sigma, CELLS)
-    g = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    if tl.program_id(0) * PLACES <= cells:
-        width = 1.0 / cells.to(tl.float64)
-        value, slope = cosine_sums(series, 0, terms_of(sigma), g.to(tl.float64) * width, True, LANES)
-        tl.store(curve + 2 * g, value, mask=g <= cells)
-        tl.store(curve + 2 * g + 1, slope * width, mask=g <= cells)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _gradient_kernel(confidence, correct, weights, numbers, curve, grad, count: tl.int64, SAMPLES: tl.constexpr):
-    """grad_i = factor w_i (S(f_i) + r_i S'(f_i)), S by Hermite's cubic in a cell."""
-    cells = intervals_of(tl.load(numbers + 3), CELLS)
-    factor = tl.load(numbers + 4)
-    i = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    f = tl.load(confidence + i, mask=i < count, other=0.0).to(tl.float64)
-    residual = f - tl.load(correct + i, mask=i < count, other=0).to(tl.float64)
-    # where f is not allowed the factor is NaN
-    position = tl.where((f >= 0.0) & (f <= 1.0), f, 0.0) * cells.to(tl.float64)
-    cell = tl.minimum(position.to(tl.int32), cells - 1)
-    d = position - cell.to(tl.float64)
-    left, left_slope = tl.load(curve + 2 * cell), tl.load(curve + 2 * cell + 1)
-    rise, right_slope = tl.load(curve + 2 * cell + 2) - left, tl.load(curve + 2 * cell + 3)
-    square, cube = 3.0 * rise - 2.0 * left_slope - right_slope, left_slope + right_slope - 2.0 * rise
-    value = ((cube * d + square) * d + left_slope) * d + left
-    slope = ((3.0 * cube * d + 2.0 * square) * d + left_slope) * cells.to(tl.float64)
-    g = factor * (value + residual * slope)
-    if weights is not None:
-        g *= tl.load(weights + i, mask=i < count, other=0.0).to(tl.float64)
-    tl.store(grad + i, g.to(grad.dtype.element_ty), mask=i < count)
-
-
 def smooth_ece(
-    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Value and bandwidth (2,), and the gradient (n,) or (0,), in the confidences' dtype; bandwidth 0: the fixpoint."""
+    confidence: Tensor, correct: Tensor, weights: Tensor | None, bandwidth: float, with_curve: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and bandwidth in the confidences' dtype, and what the gradient needs (CURVE_LENGTH,) or (0,).
+
+    Bandwidth 0: the fixpoint.
+    """
     count = len(confidence)
     confidence, correct = confidence.contiguous(), correct.contiguous().view(torch.uint8)
-    stats, grad = confidence.new_empty(2), confidence.new_empty(count if with_gradient else 0)
+    value, found = confidence.new_empty(()), confidence.new_empty(())
+    curve = confidence.new_empty(CURVE_LENGTH if with_curve else 0, dtype=torch.float64)
     sums = torch.zeros(2 + TABLES.value * NODES.value, dtype=torch.int64, device=confidence.device)
     scratch = torch.empty(_SCRATCH, dtype=torch.float64, device=confidence.device)
     numbers, nodes, moments = scratch[_NUMBERS:], scratch[_NODES:], scratch[_MOMENTS:]
-    curve, search, totals = scratch[_CURVE:], scratch[_SEARCH:], None
+    search, totals = scratch[_SEARCH:], None
     tiles, deposits, weighers = triton.cdiv(count, SAMPLES), triton.cdiv(count, SHARED_OUT), 0
     each = min(deposits, max(_TILES, triton.cdiv(deposits, _PROGRAMS)))
     (sigma,) = doubles(bandwidth)
@@ -233,11 +194,8 @@ def smooth_ece(
         )
         grid = (PARTS.value, triton.cdiv(MOST_TERMS.value, PLACES))
         _moments_kernel[grid](sums, numbers, nodes, moments, sigma, PLACES=PLACES, LANES=NODE_LANES, **many)
-        search_kernel[(1,)](sums, numbers, moments, search, stats, sigma, PARTS=PARTS.value, PLACES=PLACES, **many)
-        if with_gradient:
-            series = search[SERIES.value :]
-            _curve_kernel[(triton.cdiv(_MOST_CELLS + 1, PLACES),)](numbers, series, curve, PLACES=PLACES, **many)
-            _gradient_kernel[(tiles,)](
-                confidence, correct, weights, numbers, curve, grad, count, SAMPLES=SAMPLES, **FUSED
-            )
-    return stats, grad
+        search_kernel[(1,)](
+            sums, numbers, moments, search, value, found, curve if with_curve else None, sigma,
+            PARTS=PARTS.value, PLACES=PLACES, **many,
+        )  # fmt: skip
+    return value, found, curve

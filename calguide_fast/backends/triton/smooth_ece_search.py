@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calguide_fast.backends.smooth_ece import LEAST_BANDWIDTH
+from calguide_fast.backends.smooth_ece import CURVE_LENGTH, LEAST_BANDWIDTH
 from calguide_fast.backends.triton.cosine_series import LANES, PI, TERMS, cosine_sums, wave
 from calguide_fast.backends.triton.launch import as_double
 
@@ -28,10 +28,13 @@ MOST_TERMS = tl.constexpr(triton.cdiv(int(CUTOFF.value / LEAST_BANDWIDTH) + 2, T
 MOST_INTERVALS = int(POINTS.value / LEAST_BANDWIDTH)
 _MOST_SAMPLES = 2 * MOST_INTERVALS + 2
 
+# terms of S's series that a curve has room for, after the bandwidth and the gradient's factor
+CURVE_TERMS = tl.constexpr(CURVE_LENGTH - 2)
+
 # offsets into the search's scratch memory, in float64 numbers
 _MOMENTS = tl.constexpr(0)
-SERIES = tl.constexpr(_MOMENTS.value + MOST_TERMS.value)
-_SINE = tl.constexpr(SERIES.value + MOST_TERMS.value)
+_SERIES = tl.constexpr(_MOMENTS.value + MOST_TERMS.value)
+_SINE = tl.constexpr(_SERIES.value + MOST_TERMS.value)
 _GRID = tl.constexpr(_SINE.value + MOST_TERMS.value)
 _SAMPLE_PLACE = tl.constexpr(_GRID.value + MOST_INTERVALS + 2)
 _SAMPLE_VALUE = tl.constexpr(_SAMPLE_PLACE.value + _MOST_SAMPLES)
@@ -83,7 +86,7 @@ def _damp(scratch, moments, sigma, terms, PLACES: tl.constexpr):
     for first in range(0, terms, PLACES):
         k = first + tl.arange(0, PLACES)
         c = tl.load(scratch + moments + k, mask=k < terms, other=0.0)
-        tl.store(scratch + SERIES + k, _damping(sigma, k) * c, mask=k < terms)
+        tl.store(scratch + _SERIES + k, _damping(sigma, k) * c, mask=k < terms)
     tl.debug_barrier()
 
 
@@ -93,7 +96,7 @@ def _look(scratch, sigma, terms, PLACES: tl.constexpr):
 
     They are those of a grid, and where a parabola through three of it dips through 0 unseen, of its vertex.
     """
-    series = scratch + SERIES
+    series = scratch + _SERIES
     intervals = intervals_of(sigma, POINTS)
     width = 1.0 / intervals.to(tl.float64)
     largest = tl.full([], 0.0, tl.float64)
@@ -168,7 +171,7 @@ def _polish(scratch, roots, terms, PLACES: tl.constexpr):
         rise = tl.load(scratch + _RISE + j, mask=there, other=0.0)
         step = 0
         while step < 20:
-            value, slope = cosine_sums(scratch + SERIES, 0, terms, place, True, LANES)
+            value, slope = cosine_sums(scratch + _SERIES, 0, terms, place, True, LANES)
             above = value * rise > 0.0
             high, low = tl.where(above, place, high), tl.where(above, low, place)
             newton = place - value / tl.where(slope == 0.0, 1.0, slope)
@@ -200,7 +203,7 @@ def _integrate(scratch, sigma, terms, samples, roots, PLACES: tl.constexpr):
             # over its frequency, a wave's limit at k = 0 is the place
             moment += tl.sum(rise * tl.where(k[None, :] == 0, place, sine), 0)
         sine = tl.where(k == 0, last_sign, 0.0) - moment / tl.where(k == 0, 1.0, frequency)
-        term = sine * tl.load(scratch + SERIES + k, mask=k < terms, other=0.0)
+        term = sine * tl.load(scratch + _SERIES + k, mask=k < terms, other=0.0)
         value += tl.sum(term, 0)
         slope -= tl.sum(sigma * frequency * frequency * term, 0)
         tl.store(scratch + _SINE + k, sine, mask=k < terms)
@@ -210,13 +213,10 @@ def _integrate(scratch, sigma, terms, samples, roots, PLACES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["bandwidth"])
 def search_kernel(
-    spoilt, numbers, partial_moments, scratch, stats, bandwidth: tl.int64, PARTS: tl.constexpr, PLACES: tl.constexpr
-):
-    """Value and bandwidth to `stats`.
-
-    To `scratch` goes the series of S = K * sign R, and to `numbers`, after the total weight, the moments' unit and R's
-    mean, the bandwidth of S and the factor of the gradient.
-    """
+    spoilt, numbers, partial_moments, scratch, value_out, sigma_out, curve, bandwidth: tl.int64,
+    PARTS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Value and bandwidth, and to `curve`, if there is one, what the gradient needs."""
     bandwidth = as_double(bandwidth)
     allowed = all_allowed(spoilt, numbers)
     # a bare constant would be float32 next to another, or in a choice
@@ -256,11 +256,17 @@ def search_kernel(
             middle = 0.5 * (low + high)
             sigma = tl.where(newton < low, tl.where(low == floor, low, middle), tl.where(newton > high, middle, newton))
 
-    _damp(scratch, _SINE, sigma, terms_of(sigma), PLACES)
     cancelled = (value == 0.0) & (bandwidth == 0.0)
-    at_fixpoint = (bandwidth == 0.0) & (sigma > floor) & ~cancelled
     nan = tl.where(allowed, 0.0, float("nan"))
-    tl.store(numbers + 3, sigma)
-    tl.store(numbers + 4, nan + 1.0 / (tl.load(numbers) * tl.where(at_fixpoint, 1.0 - slope, 1.0)))
-    tl.store(stats, (nan + value).to(stats.dtype.element_ty))
-    tl.store(stats + 1, (nan + tl.where(cancelled, floor, sigma)).to(stats.dtype.element_ty))
+    tl.store(value_out, (nan + value).to(value_out.dtype.element_ty))
+    tl.store(sigma_out, (nan + tl.where(cancelled, floor, sigma)).to(sigma_out.dtype.element_ty))
+    if curve is not None:
+        terms = terms_of(sigma)
+        _damp(scratch, _SINE, sigma, terms, PLACES)
+        for first in range(0, CURVE_TERMS, PLACES):
+            k = first + tl.arange(0, PLACES)
+            term = tl.load(scratch + _SERIES + k, mask=k < terms, other=0.0)
+            tl.store(curve + 2 + k, term, mask=k < CURVE_TERMS)
+        at_fixpoint = (bandwidth == 0.0) & (sigma > floor) & ~cancelled
+        tl.store(curve, nan + sigma)
+        tl.store(curve + 1, nan + 1.0 / (tl.load(numbers) * tl.where(at_fixpoint, 1.0 - slope, 1.0)))

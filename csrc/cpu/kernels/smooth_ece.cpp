@@ -1,10 +1,12 @@
-// Confidences and outcomes to the smooth ECE and its gradient. Residuals become cosine moments; from these come the
-// smoothed residual R and the places where it changes sign, and from the places the integral of |R| as a sum over k.
+// Confidences and outcomes to the smooth ECE and what its gradient needs. Residuals become cosine moments; from these
+// come the smoothed residual R and the places where it changes sign, and from the places the integral of |R| as a sum
+// over k.
 //
-// Everything between the first and the last pass over the samples is small, and runs on one thread in one order.
+// Everything after the pass over the samples is small, and runs on one thread in one order.
 #include "cpu/smooth_ece.h"
 
 #include "cpu/kernels/buffer.h"
+#include "cpu/kernels/cosine_series.h"
 #include "smooth_ece_math.h"
 
 namespace calguide {
@@ -18,8 +20,6 @@ constexpr int64_t least_bins = 2048;
 constexpr int64_t samples_per_part = 1 << 18, most_parts = 16;
 constexpr int64_t samples_per_block = 64, fetch_ahead = 4 * samples_per_block;
 constexpr int64_t tables_per_part = 2;
-// below this many samples a thread costs more than it saves
-constexpr int64_t samples_per_thread = 32768;
 
 // Sums over weighted places t of cos(pi k t), or of sin(pi k t), for k = 0, 1, 2, ... by Chebyshev's recurrence.
 class WaveSums {
@@ -76,38 +76,6 @@ class WaveSums {
   int64_t count_, known_ = 0;
   Buffer twice_cos_, previous_, current_;
 };
-
-// Values of sum_k series[k] cos(pi k t), and slopes by t if asked for, at `count` places; an odd number of terms.
-template <bool Slope>
-void evaluate(const double* series, int64_t terms, const double* place, int64_t count, double* value, double* slope) {
-  constexpr int64_t block = 64;
-  for (int64_t first = 0; first < count; first += block) {
-    const int64_t length = first + block < count ? block : count - first;
-    alignas(64) double x[block], b1[block], b2[block], d1[block], d2[block];
-    for (int64_t j = 0; j < block; ++j) {
-      x[j] = j < length ? 2.0 * cos_pi(place[first + j]) : 0.0;
-      b1[j] = b2[j] = d1[j] = d2[j] = 0.0;
-    }
-    // Clenshaw's recurrence, two terms at a time so that nothing moves
-    for (int64_t k = terms - 1; k > 0; k -= 2) {
-      const double even = series[k], odd = series[k - 1];
-      const double k_even = static_cast<double>(k) * even, k_odd = static_cast<double>(k - 1) * odd;
-#pragma omp simd
-      for (int64_t j = 0; j < block; ++j) {
-        b2[j] = x[j] * b1[j] - b2[j] + even;
-        b1[j] = x[j] * b2[j] - b1[j] + odd;
-        if constexpr (Slope) {
-          d2[j] = x[j] * d1[j] - d2[j] + k_even;
-          d1[j] = x[j] * d2[j] - d1[j] + k_odd;
-        }
-      }
-    }
-    for (int64_t j = 0; j < length; ++j) {
-      value[first + j] = 0.5 * x[j] * b1[j] - b2[j] + series[0];
-      if constexpr (Slope) slope[first + j] = -pi * sin_pi(place[first + j]) * d1[j];
-    }
-  }
-}
 
 // The places within (0, 1) at which a cosine series changes sign.
 class SignChanges {
@@ -244,13 +212,8 @@ class Residuals {
     }
   }
 
-  // S = K * sign R and its slope at `count` places; the sine moments are those that the last integral left.
-  void sign_curve(double sigma, const double* place, int64_t count, double* value, double* slope) const {
-    const int64_t terms = series_terms(sigma);
-    Buffer series(terms);
-    damp(sigma, sine_, terms, 1.0, series);
-    evaluate<true>(series, terms, place, count, value, slope);
-  }
+  // The cosine series of S = K * sign R; the sine moments are those that the last integral left.
+  void sign_series(double sigma, double* series) const { damp(sigma, sine_, series_terms(sigma), 1.0, series); }
 
  private:
   WaveSums waves_;
@@ -464,33 +427,6 @@ void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threa
   }
 }
 
-// grad_i = scale w_i (S(f_i) + r_i S'(f_i))
-template <class Real, bool Weighted>
-void write_gradient(const Samples<Real, Weighted>& samples, const double* cubics, int64_t cells, double scale,
-                    int threads, Real* grad) {
-  const double width = static_cast<double>(cells);
-  const int last_cell = static_cast<int>(cells - 1);
-  const int64_t worth = samples.count / samples_per_thread;
-  int64_t parts = threads < worth ? threads : worth;
-  parts = parts < 1 ? 1 : parts;
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static) if (parts > 1)
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t begin = part * samples.count / parts, end = (part + 1) * samples.count / parts;
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      const double position = samples.confidence[i] * width;
-      const int whole = static_cast<int>(position);
-      const int cell = whole < last_cell ? whole : last_cell;
-      const double d = position - static_cast<double>(cell);
-      const double a0 = cubics[4 * cell], a1 = cubics[4 * cell + 1], a2 = cubics[4 * cell + 2],
-                   a3 = cubics[4 * cell + 3];
-      const double value = ((a3 * d + a2) * d + a1) * d + a0;
-      const double slope = width * ((3.0 * a3 * d + 2.0 * a2) * d + a1);
-      grad[i] = static_cast<Real>(scale * samples.weight(i) * (value + samples.residual(i) * slope));
-    }
-  }
-}
-
 int64_t bins_for(double wanted) {
   int64_t bins = least_bins;
   while (static_cast<double>(bins) < wanted) bins *= 2;
@@ -498,32 +434,18 @@ int64_t bins_for(double wanted) {
 }
 
 // Writes the results at bandwidth sigma.
-template <class Real, bool Weighted>
-void finish(const Samples<Real, Weighted>& samples, const Residuals& residuals, const Sources& sources,
-            const SmoothEceArguments& arguments, double sigma, const Integral& at, int threads) {
-  Real* const stats = static_cast<Real*>(arguments.stats);
-  stats[0] = static_cast<Real>(at.value), stats[1] = static_cast<Real>(sigma);
-  if (arguments.grad == nullptr) return;
+template <class Real>
+void finish(const Residuals& residuals, const SmoothEceArguments& arguments, double total, double sigma,
+            const Integral& at) {
+  *static_cast<Real*>(arguments.value) = static_cast<Real>(at.value);
+  *static_cast<Real*>(arguments.sigma) = static_cast<Real>(sigma);
+  double* const curve = arguments.curve;
+  if (curve == nullptr) return;
   const bool fixpoint = arguments.bandwidth == 0.0 && sigma > least_bandwidth;
-  const double scale = 1.0 / (sources.total * (fixpoint ? 1.0 - at.slope : 1.0));
-  const int64_t cells = gradient_cells(sigma);
-  Real* const grad = static_cast<Real*>(arguments.grad);
-  if (samples.count <= cells && samples.count <= exact_samples) {
-    Buffer value(samples.count), slope(samples.count);
-    residuals.sign_curve(sigma, sources.place, samples.count, value, slope);
-    for (int64_t i = 0; i < samples.count; ++i) {
-      grad[i] = static_cast<Real>(scale * samples.weight(i) * (value[i] + samples.residual(i) * slope[i]));
-    }
-    return;
-  }
-  Buffer place(cells + 1), value(cells + 1), slope(cells + 1), cubics(4 * cells);
-  const double width = 1.0 / static_cast<double>(cells);
-  for (int64_t j = 0; j <= cells; ++j) place[j] = static_cast<double>(j) * width;
-  residuals.sign_curve(sigma, place, cells + 1, value, slope);
-  for (int64_t j = 0; j < cells; ++j) {
-    hermite(value[j], slope[j] * width, value[j + 1], slope[j + 1] * width, cubics + 4 * j);
-  }
-  write_gradient(samples, cubics, cells, scale, threads, grad);
+  curve[curve_sigma] = sigma;
+  curve[curve_factor] = 1.0 / (total * (fixpoint ? 1.0 - at.slope : 1.0));
+  for (int64_t k = curve_series; k < arguments.curve_length; ++k) curve[k] = 0.0;
+  residuals.sign_series(sigma, curve + curve_series);
 }
 
 template <class Real, bool Weighted>
@@ -546,7 +468,7 @@ bool measure(const SmoothEceArguments& arguments, int threads) {
     const Integral at = arguments.bandwidth == 0.0 ? residuals.fixpoint(sigma) : residuals.integral(sigma);
     const double wanted = arguments.bandwidth == 0.0 && at.value != 0.0 ? bins_per_fixpoint / sigma : 0.0;
     if (exact || static_cast<double>(bins) >= wanted) {
-      finish(samples, residuals, sources, arguments, sigma, at, threads);
+      finish<Real>(residuals, arguments, sources.total, sigma, at);
       return true;
     }
     bins = bins_for(wanted);
