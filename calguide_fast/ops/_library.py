@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,33 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     if is_direct(*(value for value in inputs if isinstance(value, Tensor))):
         return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
     return function.apply(*inputs)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, gradient: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        return gradient(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{ctx.name} is differentiable once; this is its second derivative")
+
+
+def once(name: str, gradient: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """``gradient(*inputs)`` in the backward pass of the op called ``name``, refusing to be differentiated itself.
+
+    What PyTorch has for this, ``once_differentiable``, lets a second derivative be 0 under ``torch.func``. Whatever the
+    gradient depends on has to be among the inputs.
+    """
+    # a second derivative cannot be asked for where no graph is recorded, or in a compiled one
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return applied(_Once, name, gradient, *inputs) if recorded else gradient(*inputs)
 
 
 def dispatched(op: Any, *arguments: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, leading, plain_calls
+from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, leading, once, plain_calls
 from calguide_fast.ops.divergences import infinite_on_zeros, parse_divergence
 
 LIBRARY.define(
@@ -269,13 +269,12 @@ class _Score(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         grad = output[1]
         ctx.mark_non_differentiable(grad)
-        ctx.save_for_backward(grad)
+        # the logits, too, so that a second derivative in them is noticed
+        ctx.save_for_backward(grad, inputs[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, score_grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return score_grad.to(grad.dtype)[:, None] * grad, None, None
+        return once("guidance_score", _times_rows, score_grad, *ctx.saved_tensors), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor, settings: Settings) -> Any:
@@ -285,6 +284,10 @@ class _Score(torch.autograd.Function):
         labels = leading(labels, in_dims[1], n)
         score, grad = _Score.apply(logits.flatten(0, 1), labels.flatten(0, 1), settings)
         return (score.unflatten(0, (n, -1)), grad.unflatten(0, (n, -1))), (0, 0)
+
+
+def _times_rows(score_grad: Tensor, grad: Tensor, _: Tensor) -> Tensor:
+    return score_grad.to(grad.dtype)[:, None] * grad
 
 
 def _check_inputs(logits: Tensor, labels: Tensor, out: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from calguide_fast import backends
 from calguide_fast.backends.outcomes import check_outcomes
 from calguide_fast.backends.smooth_ece import CURVE_LENGTH, LEAST_BANDWIDTH
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, may_be_differentiated
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, may_be_differentiated, once
 from calguide_fast.ops.top_label import top_label
 
 LIBRARY.define(
@@ -157,31 +157,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, value_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
         if value_grad is None:
             return None, None, None, None
-        confidence, correct, weights, curve = ctx.saved_tensors
-        # a second derivative cannot be asked for where no graph is recorded, or in a compiled one
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        inputs = confidence, correct, weights, curve, value_grad
-        return applied(_DifferentiableNoMore, *inputs) if recorded else _gradient(*inputs), None, None, None
-
-
-class _DifferentiableNoMore(torch.autograd.Function):
-    """The gradient, whose own is refused: what PyTorch has for this lets it be 0 under torch.func."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        confidence: Tensor, correct: Tensor, weights: Tensor | None, curve: Tensor, value_grad: Tensor
-    ) -> Tensor:
-        return _gradient(confidence, correct, weights, curve, value_grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("smooth_ece is differentiable once; this is its second derivative")
+        return once("smooth_ece", _gradient, *ctx.saved_tensors, value_grad), None, None, None
 
 
 def _measure(

@@ -11,7 +11,7 @@ from torch import Tensor
 from calguide_fast import backends
 from calguide_fast.backends import reference
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, leading, may_be_differentiated
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, leading, may_be_differentiated, once
 
 LIBRARY.define("top_label(Tensor logits, Tensor labels) -> (Tensor confidence, Tensor top, Tensor correct)")
 LIBRARY.define("top_label_backward(Tensor grad_confidence, Tensor logits, Tensor confidence, Tensor top) -> Tensor")
@@ -60,9 +60,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], confidence, top)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_confidence: Tensor, *_: Any) -> tuple[Tensor, None]:
-        return _gradient(grad_confidence, *ctx.saved_tensors), None
+        return once("top_label", _gradient, grad_confidence, *ctx.saved_tensors), None
 
 
 def _label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

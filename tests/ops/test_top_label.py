@@ -164,6 +164,16 @@ def test_transforms(backend):
     assert torch.equal(moved[0], expected_grad[0])
 
 
+def test_a_second_derivative_is_refused(backend):
+    logits, labels = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 4])
+    (grad,) = torch.autograd.grad(top_label(logits, labels)[0].sum(), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="top_label is differentiable once"):
+        (grad.sum() + logits.sum()).backward()
+    first = torch.func.grad(lambda f: top_label(f, labels)[0].sum())
+    with pytest.raises(NotImplementedError, match="top_label is differentiable once"):
+        torch.func.jacrev(first)(logits.detach())
+
+
 def test_compiled_with_its_backward(backend):
     torch._dynamo.reset()
     logits, labels = torch.randn(5, 10), torch.randint(10, (5,))
