@@ -28,6 +28,9 @@ AIMS = (
     Aim(r"guided_step 64x1x16x16, noise drawn, out=", {"eager": 10}),
     Aim(r"guided_step 16x3x128x128, noise given, out=", {"eager": 12, "torch.compile": 3.5}),
     Aim(r"guided_step 16x3x128x128, noise drawn, out=", {"eager": 5}),
+    Aim(r"smooth_ece 1000", {"relplot": 100}),
+    Aim(r"smooth_ece 50000", {"relplot": 45}),
+    Aim(r"smooth_ece 1000000", {"relplot": 180}),
     # at most 1.2 times as long as the guidance, which takes as many exponentials and writes a gradient, too
     Aim(r"top_label \d+x\d+", {"guidance": 1 / 1.2}),
 )

@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable
 
 import pytest
-import relplot
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
-from calguide_fast import smooth_ece, use_backend
+from calguide_fast import backends, smooth_ece, use_backend
 
 SIZES = [1000, 50_000, 1_000_000, 10_000_000]
 PEERS = ["relplot", "torch quadrature", "torchmetrics, bins"]
-FLOORS = {1000: 100, 50_000: 45, 1_000_000: 180}
 MOST = {
     # a call at ten million samples takes it some 15 s, and a row of them minutes
     "relplot": 1_000_000,
@@ -62,6 +59,8 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
     if peer == "relplot":
         if device.type != "cpu":
             not_measured("relplot is NumPy's, and compared on the CPU")
+        import relplot
+
         f, y = confidence.double().numpy(), correct.double().numpy()
 
         def other(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -72,10 +71,11 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
         def other(confidence: Tensor, correct: Tensor) -> Tensor:
             return quadrature(confidence, correct, sigma)
     else:
+        metrics = pytest.importorskip("torchmetrics.functional.classification", reason="torchmetrics is not installed")
         target = correct.long()
 
         def other(confidence: Tensor, correct: Tensor) -> Tensor:
-            return binary_calibration_error(confidence, target, n_bins=15)
+            return metrics.binary_calibration_error(confidence, target, n_bins=15)
 
     compare(
         f"smooth_ece {count}",
@@ -89,7 +89,6 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
         atol=1e-6,
         # relplot's grid and search are good to a few parts in a thousand, four points to a bandwidth to one
         peer_rtol={"relplot": 5e-3, "torch quadrature": 1e-3}.get(peer),
-        floor=FLOORS[count] if peer == "relplot" else None,
         size=count,
         traffic=confidence.nbytes + correct.nbytes,
         host=count == 1000 and peer == "relplot",
@@ -98,21 +97,28 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
     )
 
 
+@pytest.mark.parametrize("by", ["autograd", "ops"])
 @pytest.mark.parametrize("count", [pytest.param(count, marks=[pytest.mark.smoke] * (count == 1000)) for count in SIZES])
-def test_gradient_over_value(compare, device, backend, count: int) -> None:
+def test_gradient_over_value(compare, device, backend, count: int, by: str) -> None:
     """The other way round: how many times as long as the value alone the value and its gradient take."""
-    confidence, correct = (tensor.to(device) for tensor in sample(count))
-
-    def both(confidence: Tensor, correct: Tensor) -> Tensor:
-        leaf = confidence.detach().requires_grad_()
-        return torch.autograd.grad(smooth_ece(leaf, correct).value, leaf)[0]
+    inputs = tuple(tensor.to(device) for tensor in sample(count))
+    kernels, one = backends.choose(inputs[0], "smooth_ece"), torch.ones((), device=device)
 
     def value(confidence: Tensor, correct: Tensor) -> Tensor:
         return smooth_ece(confidence, correct).value
 
-    inputs = confidence, correct
+    def by_autograd(confidence: Tensor, correct: Tensor) -> Tensor:
+        leaf = confidence.detach().requires_grad_()
+        return torch.autograd.grad(value(leaf, correct), leaf)[0]
+
+    def by_ops(confidence: Tensor, correct: Tensor) -> Tensor:
+        *_, curve = kernels.smooth_ece(confidence, correct, None, 0.0, True)
+        return kernels.smooth_ece_gradient(confidence, correct, None, curve, one)
+
+    torch.testing.assert_close(by_autograd(*inputs), by_ops(*inputs), rtol=0, atol=0)
+    name, both = {"autograd": ("with its gradient", by_autograd), "ops": ("with its gradient, ops alone", by_ops)}[by]
     options = {"same_result": False, "size": count, "ceiling": MOST_FOR_GRADIENT}
-    compare(f"smooth_ece {count}, value", "with its gradient", both, value, inputs, **options)
+    compare(f"smooth_ece {count}, value", name, both, value, inputs, **options)
 
 
 @pytest.mark.parametrize("count", [count for count in SIZES if count <= MOST["torch quadrature"]])

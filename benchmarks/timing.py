@@ -165,12 +165,13 @@ def kernel_alone(call: Call, inputs: Inputs) -> Iterator[partial[Any] | None]:
     """
     from calguide_fast.backends import cpu
 
-    kernels, module = cpu._kernels, cpu._cpu
+    kernels, module, plain = cpu._kernels, cpu._cpu, cpu.plain
     recorder = Recorder(module)
-    kernels.native, cpu._cpu = recorder, recorder
+    # without the functions that read tensors, as those of pointers then take the call
+    kernels.native, cpu._cpu, cpu.plain = recorder, recorder, None
     try:
         result = call(*inputs)
     finally:
-        kernels.native, cpu._cpu = module, module
+        kernels.native, cpu._cpu, cpu.plain = module, module, plain
     yield recorder.call
     del result
