@@ -64,8 +64,8 @@ def source_sha256(extractor: Extractor) -> str | None:
         return None
     try:
         file = inspect.getsourcefile(_definition(extractor))
-    except TypeError:
-        return None  # it is no Python's
+    except (TypeError, OSError):
+        return None  # it is no Python's, or a class that was typed in
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file is not None and Path(file).is_file() else None
 
 
