@@ -103,7 +103,8 @@ def dispatched(op: Any, *arguments: Any) -> Any:
         return op(*arguments)
 
 
-_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+_TRANSFORM = torch._C._functorch.TransformType
+_DIFFERENTIATING = (_TRANSFORM.Grad, _TRANSFORM.Jvp, _TRANSFORM.Vmap)
 
 
 def may_be_differentiated(tensor: Tensor) -> bool:
@@ -112,7 +113,7 @@ def may_be_differentiated(tensor: Tensor) -> bool:
         return False
     if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad
-    # vmap hides what a transform around it requires
+    # vmap hides what autograd or a transform around it requires
     return any(level.key() in _DIFFERENTIATING for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
