@@ -13,7 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, leading, once, plain_calls
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, leading, once, plain_calls
 from calguide_fast.ops.divergences import infinite_on_zeros, parse_divergence
 
 LIBRARY.define(
@@ -256,7 +256,7 @@ def guidance_score(
     settings = guidance_settings(
         divergence, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy
     )
-    return _Score.apply(logits, _check_inputs(logits, labels, None), settings)[0]
+    return applied(_Score, logits, _check_inputs(logits, labels, None), settings)[0]
 
 
 class _Score(torch.autograd.Function):
