@@ -46,9 +46,12 @@ def import_extractor(name: str) -> Extractor:
     return extractor
 
 
-def extractor_name(extractor: Extractor) -> str:
-    """What the extractor calls itself, or where its function or class is: ``module:name``."""
-    if (name := _own_name(extractor)) is not None:
+def extractor_name(extractor: Extractor, imported_as: str | None = None) -> str:
+    """What the extractor calls itself, or as what it was imported, or where its function or class is: ``module:name``.
+
+    A module may hold several objects of one class, which only the names that they were imported by tell apart.
+    """
+    if (name := _own_name(extractor) or imported_as) is not None:
         return name
     definition = _definition(extractor)
     return f"{definition.__module__}:{definition.__qualname__}"
