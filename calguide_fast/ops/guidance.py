@@ -248,7 +248,7 @@ def guidance_score(
     """The guidance score S of each image, differentiable in the logits; its backward is the closed form.
 
     Arguments and errors are those of :func:`guidance_gradient`. Works under autograd, ``torch.func`` (grad, vjp,
-    vmap) and ``torch.compile``; it can be differentiated once.
+    vmap) and ``torch.compile``, though not where the transform is compiled as well; it can be differentiated once.
 
     Returns:
         (B,) scores, float32 (float64 for float64 logits).
