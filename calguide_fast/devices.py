@@ -24,7 +24,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         return found
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         # as of accelerators that this build of PyTorch leaves out; the first sentence says so, others list what it has
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device={str(device)!r} cannot be used: {reason}") from None

@@ -16,8 +16,7 @@ void bind_top_label(pybind11::module_& module);
 PYBIND11_MODULE(_cpu, module) {
   module.doc() =
       "CPU kernels of calguide_fast; tensors come as pointers, sizes and strides, checked by the caller, or as they "
-      "are "
-      "to the functions named plain_, which leave what they do not know to the caller.";
+      "are to the functions named plain_, which leave what they do not know to the caller.";
   calguide::bind_isa(module);
   calguide::bind_guidance(module);
   calguide::bind_plain_tensor(module);

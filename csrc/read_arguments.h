@@ -66,13 +66,6 @@ inline Operand operand(const void* data, int64_t type, PyObject* strides, int po
   return result;
 }
 
-// The operand past the first `channels` channels.
-inline Operand second_half(Operand first, int64_t channels) {
-  const int64_t bytes = first.type == storage_float32 ? 4 : 2;
-  first.data = static_cast<const char*>(first.data) + channels * first.channel * bytes;
-  return first;
-}
-
 // The operand from the channel after so many of them.
 inline Operand past_channels(Operand a, int64_t channels) {
   const int64_t bytes = a.type == storage_float32 ? 4 : 2;

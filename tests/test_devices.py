@@ -33,10 +33,14 @@ def test_without_a_name_a_gpu_or_the_cpu(gpus, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("abacus", "device='abacus' is no device of PyTorch's: "), ("xpu", "device='xpu' cannot be used: [^.]*XPU[^.]*$")],
+    [
+        ("abacus", "device='abacus' is no device of PyTorch's: "),
+        ("xpu", "device='xpu' cannot be used: [^.]*XPU[^.]*$"),
+        ("hpu", "device='hpu' cannot be used: No module named 'torch.hpu'$"),
+    ],
 )
 def test_a_name_of_no_device(name, message):
-    if name == "xpu" and torch.xpu.is_available():
-        pytest.skip("an XPU is present")
+    if hasattr(torch, name) and getattr(torch, name).is_available():
+        pytest.skip(f"an {name.upper()} is present")
     with pytest.raises(ValueError, match=message):
         usable_device(name)

@@ -46,9 +46,12 @@ def import_extractor(name: str) -> Extractor:
     return extractor
 
 
-def extractor_name(extractor: Extractor) -> str:
-    """What the extractor calls itself, or where its function or class is: ``module:name``."""
-    if (name := _own_name(extractor)) is not None:
+def extractor_name(extractor: Extractor, imported_as: str | None = None) -> str:
+    """What the extractor calls itself, or as what it was imported, or where its function or class is: ``module:name``.
+
+    A module may hold several objects of one class, which only the names that they were imported by tell apart.
+    """
+    if (name := _own_name(extractor) or imported_as) is not None:
         return name
     definition = _definition(extractor)
     return f"{definition.__module__}:{definition.__qualname__}"
@@ -64,8 +67,8 @@ def source_sha256(extractor: Extractor) -> str | None:
         return None
     try:
         file = inspect.getsourcefile(_definition(extractor))
-    except TypeError:
-        return None  # it is no Python's
+    except (TypeError, OSError):
+        return None  # it is no Python's, or a class that was typed in
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file is not None and Path(file).is_file() else None
 
 

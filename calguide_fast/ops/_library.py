@@ -60,11 +60,28 @@ def plain_calls(tensor: Any) -> ModuleType | None:
     return backends.plain()
 
 
+def _transforming() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# Dynamo is to call it, not to trace it; what torch.compiler has for this loads Dynamo, which takes a second
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """The function's outputs; where nothing watches, past ``Function.apply``, some 30 µs sooner.
 
     That is for transforms, and binds the arguments by inspecting the signature.
+
+    Raises NotImplementedError where a transform is compiled: the compiler then leaves it to Python, or says so where
+    it may not.
     """
+    if _compiling() and _transforming():
+        # within a transform, Dynamo would differentiate what is inside forward, and find a gradient of 0
+        raise NotImplementedError(
+            f"torch.compile does not follow {function.__module__}.{function.__qualname__} within a transform of "
+            "torch.func: leave the transform out of what is compiled"
+        )
     if is_direct(*(value for value in inputs if isinstance(value, Tensor))):
         return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
     return function.apply(*inputs)
@@ -103,16 +120,19 @@ def dispatched(op: Any, *arguments: Any) -> Any:
         return op(*arguments)
 
 
-_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+_TRANSFORM = torch._C._functorch.TransformType
+_DIFFERENTIATING = (_TRANSFORM.Grad, _TRANSFORM.Jvp, _TRANSFORM.Vmap)
 
 
 def may_be_differentiated(tensor: Tensor) -> bool:
     """Whether autograd or a transform may ask for a gradient in this tensor."""
     if not torch.is_grad_enabled():
         return False
-    if tensor.requires_grad or torch.compiler.is_compiling():
-        return tensor.requires_grad
-    # vmap hides what a transform around it requires
+    if tensor.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return _transforming()
+    # vmap hides what autograd or a transform around it requires
     return any(level.key() in _DIFFERENTIATING for level in torch._C._functorch.get_interpreter_stack() or ())
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from calguide_fast import backends
 from calguide_fast.ops import checks
-from calguide_fast.ops._library import LIBRARY, dispatched, is_direct, leading, once, plain_calls
+from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, leading, once, plain_calls
 from calguide_fast.ops.divergences import infinite_on_zeros, parse_divergence
 
 LIBRARY.define(
@@ -248,7 +248,7 @@ def guidance_score(
     """The guidance score S of each image, differentiable in the logits; its backward is the closed form.
 
     Arguments and errors are those of :func:`guidance_gradient`. Works under autograd, ``torch.func`` (grad, vjp,
-    vmap) and ``torch.compile``; it can be differentiated once.
+    vmap) and ``torch.compile``, though not where the transform is compiled as well; it can be differentiated once.
 
     Returns:
         (B,) scores, float32 (float64 for float64 logits).
@@ -256,7 +256,7 @@ def guidance_score(
     settings = guidance_settings(
         divergence, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy
     )
-    return _Score.apply(logits, _check_inputs(logits, labels, None), settings)[0]
+    return applied(_Score, logits, _check_inputs(logits, labels, None), settings)[0]
 
 
 class _Score(torch.autograd.Function):

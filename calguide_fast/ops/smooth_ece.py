@@ -48,7 +48,8 @@ def smooth_ece(
     residuals cancel, and changes continuously with the confidences.
 
     Differentiable once in ``confidence``, through the fixpoint too; not in ``weights`` or ``correct``. The backward
-    pass reads the samples again, which must not have changed by then. Works under ``torch.func`` and ``torch.compile``.
+    pass reads the samples again, which must not have changed by then. Works under ``torch.func`` and ``torch.compile``,
+    though not where the transform is compiled as well.
 
     Args:
         confidence: (n,) in [0, 1], float32, bfloat16, float16 or float64; computed in float64 whatever the dtype.

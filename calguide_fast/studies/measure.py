@@ -102,7 +102,7 @@ class Measure:
         source = source_sha256(self.extractor)
         return {
             "reference": self.reference_name,
-            "features": extractor_name(self.extractor),
+            "features": extractor_name(self.extractor, self.features if isinstance(self.features, str) else None),
             "weights_sha256": file_hash(self.features) if isinstance(self.features, Path) else None,
             # of features of the user's own alone, so that others' figures need no new measurement
             **({} if source is None else {"source_sha256": source}),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -220,6 +221,10 @@ def test_changed_code_is_another_extractor(tmp_path, monkeypatch):
     exec("def f(images): return images", typed_in)
     # nothing is known of what has no file, and what has a name of its own says itself what it is
     assert source_sha256(typed_in["f"]) is source_sha256(len) is None
+    # as a notebook's __main__, whose classes Python speaks of otherwise than of functions
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    exec("class F:\n def __call__(_, images): return images", {"__name__": "__main__"}, typed_in)
+    assert source_sha256(typed_in["F"]()) is None
     extractor.name = "my network, version 2"
     assert source_sha256(extractor) is None and extractor_name(extractor) == "my network, version 2"
 

@@ -84,3 +84,11 @@ def test_figures_and_what_they_were_measured_with(samples, tmp_path):
     assert all(other.settings != found.settings for other in others)
     assert Measure(reference, "reference", pooled, batch_size=64).settings == found.settings
     assert found.settings["source_sha256"] == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def test_two_networks_of_one_class_are_two_measures(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "class Net:\n def __init__(self, scale): self.scale = scale\n def __call__(self, x): return self.scale * x\n"
+    (tmp_path / "own_networks.py").write_text(code + "small, large = Net(1), Net(2)\n")
+    small, large = (Measure("reference", "", f"own_networks:{name}").settings for name in ("small", "large"))
+    assert small["source_sha256"] == large["source_sha256"] and small != large

@@ -418,3 +418,31 @@ def test_inference_mode(backend):
     with torch.inference_mode():
         found = guidance_gradient(torch.empty_like(logits).copy_(logits), labels)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def _score(logits, labels):
+    return guidance_score(logits, labels).sum()
+
+
+def _confidence(logits, labels):
+    return top_label(logits, labels)[0].sum()
+
+
+def _calibration(logits, labels):
+    return ece.smooth_ece_from_logits(logits, labels).value
+
+
+@pytest.mark.parametrize("op", [_score, _confidence, _calibration])
+def test_a_compiled_transform_is_refused_and_not_0(op):
+    torch._dynamo.reset()
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 5
+
+    def gradient(logits):
+        return torch.func.grad(op)(logits, labels)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="NotImplementedError|Observed exception"):
+        torch.compile(gradient, fullgraph=True, backend="eager")(logits)
+    if op is _score:
+        # what need not be compiled whole is left to Python; Dynamo itself breaks off over the others' backward
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(gradient, backend="eager")(logits), gradient(logits))

@@ -346,6 +346,10 @@ def test_func_transforms(served_quickly):
     mapped = torch.func.vmap(torch.func.grad(value))(f, y)
     assert torch.equal(mapped[0], grad)
     assert torch.equal(torch.func.grad(lambda f: torch.func.vmap(value)(f, y).sum())(f), mapped)
+    # autograd's own gradient, of what is mapped inside
+    leaf = f.clone().requires_grad_()
+    torch.func.vmap(value)(leaf, y).sum().backward()
+    assert torch.equal(leaf.grad, mapped)
 
 
 def test_compiled_backward(served):

@@ -159,6 +159,9 @@ def test_transforms(backend):
     )
     assert torch.equal(torch.func.grad(total)(logits[0], labels[0]), expected_grad[0])
     assert torch.equal(torch.func.vmap(torch.func.grad(total))(logits, labels), expected_grad)
+    leaf = logits.clone().requires_grad_()
+    torch.func.vmap(total)(leaf, labels).sum().backward()
+    assert torch.equal(leaf.grad, expected_grad)
     # the classes' dimension mapped last, and labels shared by all
     moved = torch.func.vmap(torch.func.grad(total), in_dims=(2, None))(logits.permute(1, 2, 0), labels[0])
     assert torch.equal(moved[0], expected_grad[0])
