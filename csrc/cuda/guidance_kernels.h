@@ -3,7 +3,7 @@
 // A row belongs to a warp that keeps it in registers, or to a block that keeps it in shared memory, or, where it is too
 // long for that, to a block that reads it anew for every pass. One body serves all three: the largest logit, the
 // exponentials' sums, the class terms' sums where the divergence has such terms, and the gradient in the form of
-// guidance_math.h. Exponentials are computed anew in every pass, which is cheaper than to keep them.
+// guidance_math.h. A row of registers keeps what the next pass needs; elsewhere it is computed anew, which is cheaper.
 #pragma once
 
 #include <type_traits>
