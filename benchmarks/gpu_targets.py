@@ -118,10 +118,10 @@ def smooth_ece_target(count: int, predicted_us: tuple[float, float]) -> Target:
 
 
 TARGETS = [
-    guidance_target("reverse_kl", (256, 1000), (3.5, 6.0), most_us=5.0),
-    guidance_target("js", (256, 1000), (5.0, 8.0), most_us=5.0),
-    guidance_target("reverse_kl", (65536, 1000), (165, 220)),
-    guidance_target("js", (65536, 1000), (300, 380)),
+    guidance_target("reverse_kl", (256, 1000), (3.0, 6.0), most_us=5.0),
+    guidance_target("js", (256, 1000), (4.0, 8.0), most_us=5.0),
+    guidance_target("reverse_kl", (65536, 1000), (145, 220)),
+    guidance_target("js", (65536, 1000), (190, 380)),
     guidance_target("reverse_kl", (4096, 21841), (260, 420)),
     guidance_target("js", (4096, 21841), (470, 650)),
     step_target((64, 3, 128, 128), (19, 24)),

@@ -2,6 +2,7 @@
 // gives the same bits.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include "cuda/device.h"
@@ -22,8 +23,7 @@ CALGUIDE_DEVICE void warp_sum(Real (&values)[N]) {
 template <class Real>
 CALGUIDE_DEVICE Real warp_max(Real value) {
   for (int distance = warp_size / 2; distance > 0; distance /= 2) {
-    const Real other = __shfl_xor_sync(all_lanes, value, distance);
-    value = other > value ? other : value;
+    value = fmax(value, __shfl_xor_sync(all_lanes, value, distance));
   }
   return value;
 }

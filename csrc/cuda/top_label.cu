@@ -21,7 +21,7 @@ CALGUIDE_DEVICE float origin(float max) { return max > absent ? max : 0.0f; }
 template <class T, class Group>
 CALGUIDE_DEVICE void label_row(const TopLabelArguments& a, const Group& group, int64_t b) {
   const Source<T> source(a, b, no_label, INT64_MAX);
-  float seen = absent, finite_probe = 0.0f, own_max = absent;
+  float seen = absent, probe = 0.0f, own_max = absent;
   double own_sum = 0.0;
   int64_t own_top = 0;
   // seen is the largest up to the chunk that is looked at
@@ -41,7 +41,7 @@ CALGUIDE_DEVICE void label_row(const TopLabelArguments& a, const Group& group, i
     for (int j = 0; j < chunk<T>; ++j) sum += exp2_product(x[j] - origin(own_max), log2_e);
     own_sum += sum;
   };
-  source.template each<at_once>(group.rank() * chunk<T> - source.lead, chunk<T> * Group::size, seen, finite_probe, add);
+  source.template each<at_once>(group.rank() * chunk<T> - source.lead, chunk<T> * Group::size, seen, probe, add);
 
   const float max = group.max(own_max);
   double sum[1] = {own_sum * exp2_product(own_max - origin(max), log2_e)};
@@ -65,18 +65,19 @@ CALGUIDE_DEVICE void pull_row(const TopLabelBackwardArguments& a, const Group& g
   const int64_t top = a.top[b];
   const float max = load_float(source.logits[top * source.stride]), p = a.confidence[b];
   const float scale = a.grad_confidence[b * a.grad_stride] * p;
-  float seen = absent, finite_probe = 0.0f;
+  const int64_t begin = group.rank() * chunk<T> - source.lead;
+  const Target<T, int64_t> target(grad, begin, a.classes);
+  float seen = absent, probe = 0.0f;
   const auto write = [&](int64_t first, const float (&x)[chunk<T>]) {
-    const int own = place_in_chunk<T>(top, first);
+    const int own = place_in_chunk<T, int64_t>(top, first);
     float g[chunk<T>];
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) {
       g[j] = j == own ? scale * (1.0f - p) : -scale * p * exp2_product(x[j] - max, log2_e);
     }
-    store_chunk(grad, first, a.classes, g);
+    target.store(first, g);
   };
-  source.template each<at_once>(group.rank() * chunk<T> - source.lead, chunk<T> * Group::size, seen, finite_probe,
-                                write);
+  source.template each<at_once>(begin, chunk<T> * Group::size, seen, probe, write);
 }
 
 constexpr int64_t thread_classes = 32, warp_classes = 1024;

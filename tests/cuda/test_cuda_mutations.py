@@ -183,13 +183,13 @@ MUTATIONS = {
     ),
     "a logit read beyond the row": (
         "rows.h",
-        "if (first + j < 0 || «first + j >= classes») continue;\n        pack",
-        "first + j > classes",
+        "if («within<Index>(first + j, classes)») x[j] = probed(",
+        "within<Index>(first + j, classes + 1)",
     ),
     "a gradient written beyond the row": (
         "rows.h",
-        "if (first + j >= 0 && «first + j < classes») store_float(",
-        "first + j <= classes",
+        "if («within<Index>(first + j, classes)») store_float(",
+        "within<Index>(first + j, classes + 1)",
     ),
     "the last chunk of a row left out": (
         "rows.h",
@@ -201,7 +201,14 @@ MUTATIONS = {
         "own(reinterpret_cast<Pack<float>*>(shared) + «group.rank()»)",
         "0",
     ),
-    "a NaN logit unseen": ("guidance_kernels.h", "!group.any(«row.finite_probe != 0.0f» ||", "row.finite_probe > 0.0f"),
+    "a NaN logit unseen": ("rows.h", "return «fabsf(probe) < INFINITY»;", "!(fabsf(probe) >= INFINITY)"),
+    "a masked logit taken for a tame one": ("rows.h", "return «fabsf(probe) < INFINITY»;", "probe < INFINITY"),
+    "the label's gradient like the others'": (
+        "guidance_kernels.h",
+        "if («row.holds(static_cast<Index>(start.y))») {",
+        "false",
+    ),
+    "two peaks": ("guidance_kernels.h", "return «e > static_cast<Real>(0.5)»;", "e > static_cast<Real>(0.01)"),
     "a NaN logit taken for a masked one": (
         "guidance_kernels.h",
         "census[1] += «x[j] < INFINITY» ? 0.0f : 1.0f;",
@@ -209,13 +216,13 @@ MUTATIONS = {
     ),
     "absent classes in the sum of distances": (
         "guidance_kernels.h",
-        "sum_d += «x[j] > absent» ? d : Real(0);",
+        "sum_d += d * («present(x[j], d)» ? Real(1) : Real(0));",
         "true",
     ),
     "statistics of the wrong row": (
         "guidance_kernels.h",
-        "arguments.stats, arguments.batch, «b»);",
-        "arguments.batch - 1 - b",
+        "arguments.stats, arguments.batch, «start.b»);",
+        "arguments.batch - 1 - start.b",
     ),
     "the last of a thread's equal largest logits": (
         "top_label.cu",

@@ -38,6 +38,7 @@ def guidance(
     layout: str = "contiguous",
     marginal_temperature: float = 0.5,
     in_place: bool = False,
+    entropy_weight: float = 0.4,
 ) -> Call:
     logits = torch.randn(batch, classes, generator=_generator()) * 3
     labels = torch.randint(classes, (batch,), generator=_generator(1))
@@ -47,6 +48,13 @@ def guidance(
         labels[0] = 1
         logits[-1, 0] = math.nan
         logits[batch // 2, ::2] = 7.0
+    if layout == "far":
+        # finite, as masks often are
+        logits[0, ::3] = torch.finfo(torch.float32).min
+        logits[0, labels[0]] = 0.0
+        logits[-1, (labels[-1] + 1) % classes] = math.nan
+    if layout == "peaked":
+        logits[torch.arange(batch), labels - 1] += 30
     if layout == "saturated":
         logits[torch.arange(batch), labels] += 30
     logits = logits.to(dtype)
@@ -60,7 +68,7 @@ def guidance(
     def call(backend: ModuleType) -> list[Tensor]:
         given = logits.clone() if in_place else logits
         out = given if in_place else torch.full((batch, classes), math.nan, dtype=dtype)
-        settings = (code, order, 0.8, 0.9, 1.0, marginal_temperature, 0.4, True)
+        settings = (code, order, 0.8, 0.9, 1.0, marginal_temperature, entropy_weight, True)
         return list(backend.guidance_gradient(given, labels, *settings, out))
 
     return call
@@ -268,6 +276,13 @@ def all_cases() -> Iterator[tuple[str, Call, dict[str, int]]]:
                 yield f"guidance {divergence} beyond {layout}", call, {"shared_limit": LITTLE_SHARED}
         in_place = guidance(3, CLASSES["block"], divergence, torch.bfloat16, in_place=True)
         yield f"guidance {divergence} in place", in_place, {"shared_limit": LITTLE_SHARED}
+    # no term in e d, two exponentials or one, and a class that outweighs the label's
+    for divergence, layout in [("none", "peaked"), ("reverse_kl", "shifted"), ("js", "contiguous"), ("js", "peaked")]:
+        for size, classes in CLASSES.items():
+            temperature = 1.0 if layout == "shifted" else 0.5
+            call = guidance(3, classes, divergence, torch.float32, layout, temperature, entropy_weight=0.0)
+            yield f"guidance {divergence} {size} {layout} without entropy", call, {}
+    yield "guidance far apart", guidance(3, CLASSES["registers"], "js", torch.float32, "far"), {}
     for size, classes in CLASSES.items():
         call = guidance(3, classes, "inverse", torch.float32, "saturated", 0.0)
         yield f"guidance inverse {size} saturated", call, {}

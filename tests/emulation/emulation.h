@@ -52,6 +52,12 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+// a store as caches are used by default
+template <class T>
+void __stwb(T* at, T value) {
+  *at = value;
+}
+
 constexpr int warpSize = 32;
 // those of the thread that runs; the scheduler sets them at every switch
 extern uint3 threadIdx, blockIdx;
