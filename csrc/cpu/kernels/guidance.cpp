@@ -390,10 +390,13 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
 
 template <class Real>
 void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
-  alignas(64) unsigned char stack[4 * stack_classes * sizeof(Real)];
-  const int64_t length = (settings.arguments->classes + lanes - 1) / lanes * lanes;
+  // The buffers begin a quarter of a page apart: a load is held up by an earlier store to an address with the same
+  // lowest 12 bits, and how they fell would be left to chance.
+  constexpr int64_t page = 4096 / sizeof(Real);
+  alignas(64) unsigned char stack[(4 * stack_classes + page) * sizeof(Real)];
+  const int64_t length = (settings.arguments->classes + page - 1) / page * page + page / 4;
   void* buffer = stack;
-  if (length > stack_classes) {
+  if (length > stack_classes + page / 4) {
     buffer = aligned_alloc(64, 4 * length * sizeof(Real));
     if (buffer == nullptr) abort();
   }
