@@ -164,13 +164,9 @@ void gradient_pass(const Row<Real>& given_row, const GradientForm<Real>& given_f
   const Row<Real> row = given_row;
   const GradientForm<Real> form = given_form;
   constexpr int64_t step = width<Real>;
-  for (int64_t i = 0; i + step <= row.count; i += step) {
-    store_lanes<Real>(grad + i, gradient_vector<M, HasLog, HasW>(row, form, i));
-  }
-  if (row.count % step == 0) return;
-  if (row.count > step) {
-    // the last vector takes some classes again
-    store_lanes<Real>(grad + row.count - step, gradient_vector<M, HasLog, HasW>(row, form, row.count - step));
+  if (row.count >= step) {
+    each_vector<Real>(row.count,
+                      [&](int64_t i) { store_lanes<Real>(grad + i, gradient_vector<M, HasLog, HasW>(row, form, i)); });
   } else {
     alignas(vector_bytes) Real few[step];
     store_lanes<Real>(few, gradient_vector<M, HasLog, HasW>(row, form, 0));

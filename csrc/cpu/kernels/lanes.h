@@ -43,6 +43,15 @@ using Vector = typename VectorOf<Real, vector_bytes>::type;
 template <class Number, class Real>
 using VectorBeside = typename VectorOf<Number, width<Real> * sizeof(Number)>::type;
 
+// whether numbers of this type are stored a vector at a time by an instruction or two
+#if defined(__AVX512F__) || defined(__F16C__)
+template <class T>
+constexpr bool stored_whole = !std::is_same<T, BFloat16>::value;
+#else
+template <class T>
+constexpr bool stored_whole = !std::is_same<T, BFloat16>::value && !std::is_same<T, Float16>::value;
+#endif
+
 // f of each of `width` things
 template <class Real, class F>
 CALGUIDE_INLINE Vector<Real> each_lane(const F& f) {
@@ -166,6 +175,15 @@ CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
   }
 #endif
   return each_lane<Real>([&](int64_t i) { return exp2_product(x[i], scale); });
+}
+
+// exp2_product of each lane, which may be minus infinity
+template <class Real>
+CALGUIDE_INLINE Vector<Real> exp2_masked_lanes(Vector<Real> x, Real scale) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == sizeof(float)) x = max_lanes<Real>(Vector<Real>{} - static_cast<Real>(1e30), x);
+#endif
+  return exp2_lanes<Real>(x, scale);
 }
 
 #if defined(__AVX2__)
