@@ -84,6 +84,9 @@ CALGUIDE_INLINE void store_wide(T* at, float value) {
   store_float(at, value);
 }
 
+// bytes of a number of the given storage type
+CALGUIDE_INLINE int64_t storage_size(int type) { return type == storage_float32 ? 4 : 2; }
+
 // Calls body with a value of the given storage type.
 template <class Body>
 CALGUIDE_INLINE void with_storage(int type, const Body& body) {
