@@ -214,12 +214,10 @@ CALGUIDE_INLINE Vector<float> log_lanes(Vector<float> x) {
 #if defined(__AVX512F__)
   const Vector<float> n =
       reinterpret_cast<Vector<float>>(_mm512_maskz_getexp_ps(every_lane, reinterpret_cast<__m512>(x)));
-  const Vector<float> m = reinterpret_cast<Vector<float>>(
-      _mm512_maskz_getmant_ps(every_lane, reinterpret_cast<__m512>(x), _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src));
 #else
   const Vector<float> n = __builtin_convertvector((bits >> 23) - 127, Vector<float>);
-  const Vector<float> m = reinterpret_cast<Vector<float>>((bits & 0x007fffff) | 0x3f800000);
 #endif
+  const Vector<float> m = reinterpret_cast<Vector<float>>((bits & 0x007fffff) | 0x3f800000);
   const Vector<float> f = m * choose_lanes(inverses, eighth) - 1.0f;
   // log(1 + f) for |f| <= 1/17, minimax in the absolute error, 8.8e-9
   Vector<float> c = f * -0x1.010978p-2f + 0x1.5638b2p-2f;
