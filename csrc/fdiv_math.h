@@ -37,22 +37,21 @@ enum Summation { sum_of_kls, sum_of_floats, sum_of_doubles };
 struct DivergenceTraits {
   Summation summation;
   bool reverse_kl, forward_kl;  // the parts of a sum of KLs
-  bool vanishes_finitely;       // whether a class of probability 0 has finite terms whatever its log p
   float unit;                   // what the terms of class_terms are to be multiplied by
 };
 
 // A divergence without a line here does not compile, nor does one of class terms that class_terms does not know.
 CALGUIDE_INLINE constexpr DivergenceTraits divergence_traits(int divergence) {
   switch (static_cast<Divergence>(divergence)) {
-    case divergence_none: return {sum_of_kls, false, false, true, 1.0f};
-    case divergence_reverse_kl: return {sum_of_kls, true, false, true, 1.0f};
-    case divergence_forward_kl: return {sum_of_kls, false, true, true, 1.0f};
-    case divergence_js: return {sum_of_floats, false, false, true, 0.5f};
-    case divergence_jeffreys: return {sum_of_kls, true, true, true, 1.0f};
-    case divergence_hellinger: return {sum_of_floats, false, false, true, 1.0f};
-    case divergence_chi2: return {sum_of_doubles, false, false, true, 1.0f};
-    case divergence_neyman_chi2: return {sum_of_doubles, false, false, false, 1.0f};
-    case divergence_alpha: return {sum_of_doubles, false, false, false, 1.0f};
+    case divergence_none: return {sum_of_kls, false, false, 1.0f};
+    case divergence_reverse_kl: return {sum_of_kls, true, false, 1.0f};
+    case divergence_forward_kl: return {sum_of_kls, false, true, 1.0f};
+    case divergence_js: return {sum_of_floats, false, false, 0.5f};
+    case divergence_jeffreys: return {sum_of_kls, true, true, 1.0f};
+    case divergence_hellinger: return {sum_of_floats, false, false, 1.0f};
+    case divergence_chi2: return {sum_of_doubles, false, false, 1.0f};
+    case divergence_neyman_chi2: return {sum_of_doubles, false, false, 1.0f};
+    case divergence_alpha: return {sum_of_doubles, false, false, 1.0f};
     case divergence_count: break;
   }
   return {};
@@ -61,10 +60,10 @@ CALGUIDE_INLINE constexpr DivergenceTraits divergence_traits(int divergence) {
 // stands for log 0 where q_i = 0 (epsilon = 1): finite, so that 0 * log 0 is 0 and a difference of two is not NaN
 constexpr float log_zero = -1e30f;
 
-template <class Real>
+template <class Number>
 struct ClassTerms {
-  Real w;      // p phi'(p / q)
-  Real value;  // sums to D over the classes
+  Number w;      // p phi'(p / q)
+  Number value;  // sums to D over the classes
 };
 
 // What a class's terms need to know of q and of the order a: made once for the label and once for the other classes.
@@ -97,36 +96,37 @@ CALGUIDE_INLINE ClassWeight<Real> class_weight(Scalar q, Scalar log_q, Scalar or
   return weight;
 }
 
-// Real is double for a power of p / q and float otherwise.
-template <int D, class Real>
-CALGUIDE_INLINE ClassTerms<Real> class_terms(Real p, Real log_p, const ClassWeight<Real>& of) {
+// Real is double for a power of p / q and float otherwise, Number is Real or a vector of it.
+template <int D, class Functions = ScalarFunctions, class Number, class Real>
+CALGUIDE_INLINE ClassTerms<Number> class_terms(Number p, Number log_p, const ClassWeight<Real>& of) {
   if constexpr (D == divergence_js) {
     // phi = (t log t - (t + 1) log((t + 1) / 2)) / 2: one log per class, never that of a clamped ratio
     const Real log_2 = static_cast<Real>(0.6931471805599453);
-    const Real log_sum = log_normal(p + of.q_or_tiny);
-    const Real w = p * ((log_p + log_2) - log_sum);
+    const Number log_sum = Functions::log(p + of.q_or_tiny);
+    const Number w = p * ((log_p + log_2) - log_sum);
     return {w, w + of.q * ((of.log_q + log_2) - log_sum)};
   } else if constexpr (D == divergence_hellinger) {
     // phi = (sqrt t - 1)^2
-    const Real root = square_root(p);
-    const Real difference = root - of.root_q;
+    const Number root = Functions::root(p);
+    const Number difference = root - of.root_q;
     return {root * difference, difference * difference};
   } else if constexpr (D == divergence_chi2) {
     // phi = (t - 1)^2
-    const Real excess = (p - of.q) * of.inverse_q;
+    const Number excess = (p - of.q) * of.inverse_q;
     return {2 * p * excess, (p - of.q) * excess};
   } else if constexpr (D == divergence_neyman_chi2) {
     // phi = (1 - t)^2 / t: infinite where p is 0, but q = 0 leaves p
-    const Real difference = p - of.q;
-    const Real ratio = difference / p;
+    const Number difference = p - of.q;
+    const Number ratio = difference / p;
     return {of.q > 0 ? ratio * (p + of.q) : p, of.q > 0 ? ratio * difference : p};
   } else {
     static_assert(D == divergence_alpha, "class_terms does not know this divergence");
     // phi = (t^a - a t + a - 1) / (a (a - 1)). p (t^(a-1) - 1) and q (t^a - 1) both sum to a (a - 1) D: below a = 1/2
     // the second is taken, above it the first, by expm1 so that a may come as close to 0 and to 1 as it likes
     const bool low = of.order < static_cast<Real>(0.5);
-    const Real excess = (low ? of.q : p) * expm1_bounded(of.exponent * (log_p - of.log_q)) * of.w_factor;
-    const Real w = low ? excess + (of.q - p) * of.w_factor : excess;
+    const Number power = Functions::expm1(of.exponent * (log_p - of.log_q));
+    const Number excess = (low ? of.q * power : p * power) * of.w_factor;
+    const Number w = low ? excess + (of.q - p) * of.w_factor : excess;
     return {w, excess * of.value_factor};
   }
 }

@@ -84,6 +84,9 @@ CALGUIDE_INLINE void store_wide(T* at, float value) {
   store_float(at, value);
 }
 
+// bytes of a number of the given storage type
+CALGUIDE_INLINE int64_t storage_size(int type) { return type == storage_float32 ? 4 : 2; }
+
 // Calls body with a value of the given storage type. A body may be the host's alone, of which nvcc would warn.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable

@@ -156,4 +156,11 @@ CALGUIDE_INLINE float log_normal(float x) {
 #endif
 }
 
+// The functions that a formula for any kind of number is given; vectors bring their own.
+struct ScalarFunctions {
+  CALGUIDE_INLINE float root(float x) { return square_root(x); }
+  CALGUIDE_INLINE float log(float x) { return log_normal(x); }
+  CALGUIDE_INLINE double expm1(double x) { return expm1_bounded(x); }
+};
+
 }  // namespace calguide

@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu/labels.h"
 #include "cpu/plain_tensor.h"
 #include "read_arguments.h"
@@ -20,6 +21,7 @@ int64_t guide(const GuidanceArguments& arguments, int threads) {
   if (bad_row >= 0) return bad_row;
   if (arguments.batch * arguments.classes > long_call) {
     pybind11::gil_scoped_release release;
+    want_huge_pages(arguments.grad, arguments.batch * arguments.classes * storage_size(arguments.storage));
     run(arguments, threads);
   } else {
     run(arguments, threads);

@@ -46,7 +46,7 @@ void bind_smooth_ece(pybind11::module_& module) {
                                                           reinterpret_cast<const void*>(value_grad),
                                                           reinterpret_cast<void*>(grad)};
                pybind11::gil_scoped_release release;
-               const int64_t bytes = wide ? 8 : storage == storage_float32 ? 4 : 2;
+               const int64_t bytes = wide ? 8 : storage_size(storage);
                want_huge_pages(arguments.grad, static_cast<size_t>(count * bytes));
                run(arguments, threads);
              });

@@ -1,5 +1,6 @@
 #include "cpu/top_label.h"
 
+#include "cpu/huge_pages.h"
 #include "cpu/labels.h"
 #include "read_arguments.h"
 
@@ -9,6 +10,7 @@ namespace {
 void run(const TopLabelArguments& arguments, int threads) { CALGUIDE_DISPATCH(top_label(arguments, threads)); }
 
 void run(const TopLabelBackwardArguments& arguments, int threads) {
+  want_huge_pages(arguments.grad, arguments.batch * arguments.classes * storage_size(arguments.storage));
   CALGUIDE_DISPATCH(top_label_backward(arguments, threads));
 }
 

@@ -108,26 +108,40 @@ ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperatur
   return total;
 }
 
+// Terms of a vector of classes, of which some may be padding.
+template <int D, bool Half, bool Padded, class Real>
+CALGUIDE_INLINE void term_vector(const Row<Real>& row, int64_t i, const ClassWeight<Real>& of,
+                                 ClassTerms<Vector<Real>>& sums) {
+  using Lanes = Vector<Real>;
+  const Lanes x = load_lanes<Real>(row.x + i), e = load_lanes<Real>(row.e + i);
+  ClassTerms<Lanes> terms = class_terms<D, LaneFunctions<Real>>(Half ? e * e : e, x - static_cast<Real>(row.max), of);
+  store_lanes<Real>(row.w + i, terms.w);
+  if constexpr (Padded) {
+    const Lanes zero = {};
+    terms.w = x == zero + static_cast<Real>(padding) ? zero : terms.w;
+    terms.value = x == zero + static_cast<Real>(padding) ? zero : terms.value;
+  }
+  sums.w += terms.w;
+  sums.value += terms.value;
+}
+
 template <int D, bool Half, class Real>
-TermSums<double> term_pass(const Row<Real>& row, int64_t count, const ClassWeight<Real>& other) {
-  const float* x = static_cast<const float*>(__builtin_assume_aligned(row.x, 64));
-  const Real* e = static_cast<const Real*>(__builtin_assume_aligned(row.e, 64));
-  Real* w = static_cast<Real*>(__builtin_assume_aligned(row.w, 64));
-  const Real max = row.max;
+TermSums<double> term_pass(const Row<Real>& given, const ClassWeight<Real>& other) {
+  // copies that no store can reach stay in registers
+  const Row<Real> row = given;
   const ClassWeight<Real> of = other;
+  const int64_t whole = row.count / width<Real> * width<Real>;
   TermSums<double> total = {};
-  for (int64_t begin = 0; begin < count; begin += block_length) {
-    const int64_t end = begin + block_length < count ? begin + block_length : count;
-    Real sum_w = 0, sum_value = 0;
-#pragma omp simd reduction(+ : sum_w, sum_value)
-    for (int64_t i = begin; i < end; ++i) {
-      const ClassTerms<Real> terms = class_terms<D>(Half ? e[i] * e[i] : e[i], x[i] - max, of);
-      w[i] = terms.w;
-      sum_w += terms.w;
-      sum_value += terms.value;
+  for (int64_t i = 0; i < row.count;) {
+    const int64_t end = i + block_length < whole ? i + block_length : whole;
+    ClassTerms<Vector<Real>> sums = {};
+    for (; i < end; i += width<Real>) term_vector<D, Half, false>(row, i, of, sums);
+    if (end == whole && whole < row.count) {
+      term_vector<D, Half, true>(row, i, of, sums);
+      i = row.count;
     }
-    total.w += sum_w;
-    total.value += sum_value;
+    total.w += sum_of_lanes<Real>(sums.w);
+    total.value += sum_of_lanes<Real>(sums.value);
   }
   return total;
 }
@@ -150,13 +164,9 @@ void gradient_pass(const Row<Real>& given_row, const GradientForm<Real>& given_f
   const Row<Real> row = given_row;
   const GradientForm<Real> form = given_form;
   constexpr int64_t step = width<Real>;
-  for (int64_t i = 0; i + step <= row.count; i += step) {
-    store_lanes<Real>(grad + i, gradient_vector<M, HasLog, HasW>(row, form, i));
-  }
-  if (row.count % step == 0) return;
-  if (row.count > step) {
-    // the last vector takes some classes again
-    store_lanes<Real>(grad + row.count - step, gradient_vector<M, HasLog, HasW>(row, form, row.count - step));
+  if (row.count >= step) {
+    each_vector<Real>(row.count,
+                      [&](int64_t i) { store_lanes<Real>(grad + i, gradient_vector<M, HasLog, HasW>(row, form, i)); });
   } else {
     alignas(vector_bytes) Real few[step];
     store_lanes<Real>(few, gradient_vector<M, HasLog, HasW>(row, form, 0));
@@ -213,12 +223,11 @@ ExpSums<double> exponentials(const Row<Real>& row, int64_t padded, const Setting
 }
 
 template <class Real>
-TermSums<double> other_terms(int divergence, const Row<Real>& row, int64_t count, Marginal marginal,
-                             const ClassWeight<Real>& other) {
+TermSums<double> other_terms(int divergence, const Row<Real>& row, Marginal marginal, const ClassWeight<Real>& other) {
   TermSums<double> terms = {};
   with_divergence<Real>(divergence, [&](auto code) {
     constexpr int D = decltype(code)::value;
-    terms = marginal == marginal_half ? term_pass<D, true>(row, count, other) : term_pass<D, false>(row, count, other);
+    terms = marginal == marginal_half ? term_pass<D, true>(row, other) : term_pass<D, false>(row, other);
   });
   return terms;
 }
@@ -264,8 +273,6 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
   const GuidanceSettings<double>& guidance = settings.guidance;
   const int64_t padded = (row.count + lanes - 1) / lanes * lanes;
   for (int64_t i = row.count; i < padded; ++i) row.x[i] = padding;
-  // where a padding class would have infinite terms the last vector is handled element by element
-  const int64_t count = settings.traits.vanishes_finitely ? padded : row.count;
 
   ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
@@ -279,11 +286,7 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
     share = kl_share(guidance, prior, row.label, sums, scalars);
   } else {
     const ClassWeight<Real> other = other_weight<Real>(guidance, prior, scalars);
-    TermSums<double> terms = other_terms(guidance.divergence, row, count, settings.marginal, other);
-    if (count > row.count) {
-      const ClassTerms<Real> pad = one_class_terms(guidance.divergence, Real(0), Real(padding), other);
-      terms.value -= static_cast<double>(count - row.count) * pad.value;
-    }
+    const TermSums<double> terms = other_terms(guidance.divergence, row, settings.marginal, other);
     const ClassTerms<Real> own = label_terms<Real>(guidance, prior, row.label, scalars);
     share = term_share(guidance, row.label, scalars, terms, own, solution.form);
     if (peaks(solution.form, row.label, scalars)) {
@@ -383,10 +386,13 @@ void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> r
 
 template <class Real>
 void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
-  alignas(64) unsigned char stack[4 * stack_classes * sizeof(Real)];
-  const int64_t length = (settings.arguments->classes + lanes - 1) / lanes * lanes;
+  // The buffers begin a quarter of a page apart: a load is held up by an earlier store to an address with the same
+  // lowest 12 bits, and how they fell would be left to chance.
+  constexpr int64_t page = 4096 / sizeof(Real);
+  alignas(64) unsigned char stack[(4 * stack_classes + page) * sizeof(Real)];
+  const int64_t length = (settings.arguments->classes + page - 1) / page * page + page / 4;
   void* buffer = stack;
-  if (length > stack_classes) {
+  if (length > stack_classes + page / 4) {
     buffer = aligned_alloc(64, 4 * length * sizeof(Real));
     if (buffer == nullptr) abort();
   }

@@ -43,6 +43,15 @@ using Vector = typename VectorOf<Real, vector_bytes>::type;
 template <class Number, class Real>
 using VectorBeside = typename VectorOf<Number, width<Real> * sizeof(Number)>::type;
 
+// whether numbers of this type are stored a vector at a time by an instruction or two
+#if defined(__AVX512F__) || defined(__F16C__)
+template <class T>
+constexpr bool stored_whole = !std::is_same<T, BFloat16>::value;
+#else
+template <class T>
+constexpr bool stored_whole = !std::is_same<T, BFloat16>::value && !std::is_same<T, Float16>::value;
+#endif
+
 // f of each of `width` things
 template <class Real, class F>
 CALGUIDE_INLINE Vector<Real> each_lane(const F& f) {
@@ -167,6 +176,71 @@ CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
 #endif
   return each_lane<Real>([&](int64_t i) { return exp2_product(x[i], scale); });
 }
+
+// exp2_product of each lane, which may be minus infinity
+template <class Real>
+CALGUIDE_INLINE Vector<Real> exp2_masked_lanes(Vector<Real> x, Real scale) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == sizeof(float)) x = max_lanes<Real>(Vector<Real>{} - static_cast<Real>(1e30), x);
+#endif
+  return exp2_lanes<Real>(x, scale);
+}
+
+#if defined(__AVX2__)
+// of eight numbers those that the lowest three bits of each index choose
+CALGUIDE_INLINE Vector<float> choose_lanes(const float (&from)[8], Vector<int32_t> index) {
+  const __m256 eight = _mm256_loadu_ps(from);
+#if defined(__AVX512F__)
+  // which looks at four bits
+  const __m512 twice = _mm512_maskz_broadcast_f32x8(every_lane, eight);
+  return reinterpret_cast<Vector<float>>(
+      _mm512_maskz_permutexvar_ps(every_lane, reinterpret_cast<__m512i>(index), twice));
+#else
+  return reinterpret_cast<Vector<float>>(_mm256_permutevar8x32_ps(eight, reinterpret_cast<__m256i>(index)));
+#endif
+}
+#endif
+
+// log_normal of each lane; by a table, where there is an instruction for it, of half as many multiply-adds
+CALGUIDE_INLINE Vector<float> log_lanes(Vector<float> x) {
+#if defined(__AVX2__)
+  // x = 2^n m with 1 <= m < 2, and m = (1 + f) / r with 1 / r the middle of the eighth that m is in; -log(r) in the
+  // table has the polynomial's constant added
+  constexpr float inverses[8] = {0x1.e1e1e2p-1f, 0x1.af286cp-1f, 0x1.861862p-1f, 0x1.642c86p-1f,
+                                 0x1.47ae14p-1f, 0x1.2f684cp-1f, 0x1.1a7b96p-1f, 0x1.08421p-1f};
+  constexpr float logs[8] = {0x1.f0a30ap-5f, 0x1.5ff306p-3f, 0x1.1675cap-2f, 0x1.739d7ep-2f,
+                             0x1.c8ff7ep-2f, 0x1.0be72ep-1f, 0x1.307d74p-1f, 0x1.52a2d4p-1f};
+  const Vector<int32_t> bits = reinterpret_cast<Vector<int32_t>>(x), eighth = bits >> 20;
+#if defined(__AVX512F__)
+  const Vector<float> n =
+      reinterpret_cast<Vector<float>>(_mm512_maskz_getexp_ps(every_lane, reinterpret_cast<__m512>(x)));
+#else
+  const Vector<float> n = __builtin_convertvector((bits >> 23) - 127, Vector<float>);
+#endif
+  const Vector<float> m = reinterpret_cast<Vector<float>>((bits & 0x007fffff) | 0x3f800000);
+  const Vector<float> f = m * choose_lanes(inverses, eighth) - 1.0f;
+  // log(1 + f) for |f| <= 1/17, minimax in the absolute error, 8.8e-9
+  Vector<float> c = f * -0x1.010978p-2f + 0x1.5638b2p-2f;
+  c = c * f + -0x1.ffff92p-2f;
+  c = c * f + 0x1.ffffe6p-1f;
+  return c * f + (n * 0.693147181f + choose_lanes(logs, eighth));
+#else
+  return each_lane<float>([&](int64_t i) { return log_normal(x[i]); });
+#endif
+}
+
+// The functions that a formula for any kind of number is given.
+template <class Real>
+struct LaneFunctions {
+  using Lanes = Vector<Real>;
+  CALGUIDE_INLINE Lanes root(Lanes x) {
+    return each_lane<Real>([&](int64_t i) { return square_root(x[i]); });
+  }
+  CALGUIDE_INLINE Lanes log(Lanes x) { return log_lanes(x); }
+  CALGUIDE_INLINE Lanes expm1(Lanes x) {
+    return each_lane<Real>([&](int64_t i) { return expm1_bounded(x[i]); });
+  }
+};
 
 }  // namespace
 }  // namespace CALGUIDE_ISA

@@ -73,6 +73,14 @@ float load_row(const LogitsArguments& arguments, int64_t b, float* buffer) {
                                      : load_strided_row(logits, arguments.class_stride, arguments.classes, buffer);
 }
 
+// Calls body(i) where each vector of `count` numbers begins, `count` being a vector's width at least; the last vector
+// may take some numbers again.
+template <class Real, class Body>
+CALGUIDE_INLINE void each_vector(int64_t count, const Body& body) {
+  for (int64_t i = 0; i + width<Real> <= count; i += width<Real>) body(i);
+  if (count % width<Real> != 0) body(count - width<Real>);
+}
+
 // Calls body(begin, end) for a part of the rows on each of as many threads as the rows are worth.
 template <class Body>
 void each_part(const LogitsArguments& arguments, int threads, const Body& body) {

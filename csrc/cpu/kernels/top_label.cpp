@@ -56,15 +56,18 @@ void label_narrow_rows(const TopLabelArguments& arguments, int64_t begin, int64_
   }
 }
 
-double sum_of_exponentials(const float* row, int64_t count, float max) {
-  const float* x = static_cast<const float*>(__builtin_assume_aligned(row, 64));
+// The sum of exp(x - max). The caches fetch the row at `next` while the exponentials keep the arithmetic busy.
+template <class T>
+double sum_of_exponentials(const float* x, int64_t count, float max, const T* next) {
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += block_length) {
     const int64_t end = begin + block_length < count ? begin + block_length : count;
-    float s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int64_t i = begin; i < end; ++i) s += exp2_product(x[i] - max, log2_e);
-    total += s;
+    Vector<float> sum = {};
+    for (int64_t i = begin; i < end; i += width<float>) {
+      __builtin_prefetch(next + i);
+      sum += exp2_masked_lanes<float>(load_lanes<float>(x + i) - max, log2_e);
+    }
+    total += sum_of_lanes<float>(sum);
   }
   return total;
 }
@@ -91,7 +94,10 @@ void label_row(const TopLabelArguments& arguments, int64_t b, float* x) {
   const float max = load_row<T>(arguments, b, x);
   for (int64_t i = classes; i < padded; ++i) x[i] = -INFINITY;
   const int64_t place = find(x, padded, max);
-  store_label(arguments, b, place < classes ? place : 0, static_cast<float>(1.0 / sum_of_exponentials(x, padded, max)));
+  const T* next =
+      static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
+  const double sum = sum_of_exponentials(x, padded, max, next);
+  store_label(arguments, b, place < classes ? place : 0, static_cast<float>(1.0 / sum));
 }
 
 template <class T>
@@ -112,9 +118,16 @@ void pull_row(const TopLabelBackwardArguments& arguments, int64_t b) {
   const int64_t stride = Contiguous ? 1 : arguments.class_stride, top = arguments.top[b];
   const float max = load_float(logits[top * stride]), p = arguments.confidence[b];
   const float scale = arguments.grad_confidence[b * arguments.grad_stride] * p, share = -scale * p;
+  // a type that is not does better in a loop by elements, which converts two vectors together
+  if (Contiguous && stored_whole<T> && arguments.classes >= width<float>) {
+    each_vector<float>(arguments.classes, [&](int64_t i) {
+      store_lanes<float>(grad + i, share * exp2_masked_lanes<float>(load_lanes<float>(logits + i) - max, log2_e));
+    });
+  } else {
 #pragma omp simd
-  for (int64_t i = 0; i < arguments.classes; ++i) {
-    store_float(grad + i, share * exp2_product(load_float(logits[i * stride]) - max, log2_e));
+    for (int64_t i = 0; i < arguments.classes; ++i) {
+      store_float(grad + i, share * exp2_product(load_float(logits[i * stride]) - max, log2_e));
+    }
   }
   store_float(grad + top, scale * (1.0f - p));
 }
