@@ -18,7 +18,7 @@ from setuptools.dist import Distribution
 # one on every generation's budget: a block of 256 threads must fit the 65,536 registers of a multiprocessor
 MOST_REGISTERS = {
     "guide_warp_rows": 255,
-    "guide_block_rows": 168,
+    "guide_block_rows": 176,
     "step_kernel": 96,
     "tilt_kernel": 96,
     "pull_rows": 72,
