@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from calguide_fast import backends, smooth_ece, use_backend
+
+
+def installed(name: str) -> ModuleType | None:
+    """A peer's package, or nothing: a machine that is lent for its GPU may not have it."""
+    return import_module(name) if find_spec(name) is not None else None
+
+
+relplot, torchmetrics = installed("relplot"), installed("torchmetrics")
 
 SIZES = [1000, 50_000, 1_000_000, 10_000_000]
 PEERS = ["relplot", "torch quadrature", "torchmetrics, bins"]
@@ -59,8 +70,8 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
     if peer == "relplot":
         if device.type != "cpu":
             not_measured("relplot is NumPy's, and compared on the CPU")
-        import relplot
-
+        if relplot is None:
+            not_measured("relplot is not installed")
         f, y = confidence.double().numpy(), correct.double().numpy()
 
         def other(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -71,11 +82,12 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
         def other(confidence: Tensor, correct: Tensor) -> Tensor:
             return quadrature(confidence, correct, sigma)
     else:
-        metrics = pytest.importorskip("torchmetrics.functional.classification", reason="torchmetrics is not installed")
-        target = correct.long()
+        if torchmetrics is None:
+            not_measured("torchmetrics is not installed")
+        binned, target = torchmetrics.functional.classification.binary_calibration_error, correct.long()
 
         def other(confidence: Tensor, correct: Tensor) -> Tensor:
-            return metrics.binary_calibration_error(confidence, target, n_bins=15)
+            return binned(confidence, target, n_bins=15)
 
     compare(
         f"smooth_ece {count}",
