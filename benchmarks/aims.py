@@ -58,8 +58,8 @@ _CALL = (
 )
 _DRAWN = (
     "cost of noise",
-    "a normal takes 1 ns. Its polynomials may use no fused multiply-add, so that every backend draws the same bits, and "
-    "this processor splits 512-bit operations in two.",
+    "a normal takes 1 ns. Its polynomials may use no fused multiply-add, so that every backend draws the same bits, "
+    "and this processor splits 512-bit operations in two.",
 )
 _HALVES = (
     "512 bits in two",

@@ -117,6 +117,7 @@ def compare(
         size: int = 0,
         traffic: int = 0,
         host: bool = False,
+        whole: Callable[..., Any] | None = None,
         in_torch: bool = True,
         waits: bool = False,
         **more: Any,
@@ -139,6 +140,7 @@ def compare(
             size: elements of the input, for the time of each.
             traffic: bytes that ours must read and write.
             host: measure what is spent around the kernel.
+            whole: for that, ours with all that its kernel writes to, if ours gives less.
             in_torch: whether the peer allocates through PyTorch.
             waits: whether either waits for a GPU, so that no graph of it can be recorded.
             more: kept with the row.
@@ -173,7 +175,7 @@ def compare(
             share_of_copy=traffic / our_time / copying if copying else None,
             peak_bytes=peak_memory(ours, copies[0], device),
             peer_peak_bytes=peak_memory(peer, copies[0], device) if in_torch else None,
-            host_us=_host_time(clock, ours, copies, seconds) if host else None,
+            host_us=_host_time(clock, whole or ours, copies, seconds) if host else None,
             device=device.type,
             threads=torch.get_num_threads(),
             torch=torch.__version__,

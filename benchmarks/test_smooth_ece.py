@@ -104,6 +104,7 @@ def test_smooth_ece(compare, device, backend, not_measured, count: int, peer: st
         size=count,
         traffic=confidence.nbytes + correct.nbytes,
         host=count == 1000 and peer == "relplot",
+        whole=smooth_ece,
         in_torch=peer != "relplot",
         waits=peer == "torchmetrics, bins",
     )

@@ -161,7 +161,7 @@ class Recorder:
 def kernel_alone(call: Call, inputs: Inputs) -> Iterator[partial[Any] | None]:
     """The CPU's kernel that a call ends in, with the same pointers, and nothing around it; None if there is not one.
 
-    While the block lasts, so does what the call returned, which the kernel writes to.
+    While the block lasts, so does what the call returned: it must be all that the kernel writes to.
     """
     from calguide_fast.backends import cpu
 
