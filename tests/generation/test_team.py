@@ -85,8 +85,11 @@ def test_who_waits_hears_of_a_failure(pair):
             wait()
 
 
-def test_who_waits_hears_of_a_signal():
+def test_who_waits_hears_of_a_signal(request):
     said = []
+    # a job in the background is started with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Interrupts(said.append) as interrupts:
         team = Team(interrupts)
         os.kill(os.getpid(), signal.SIGINT)
