@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,39 @@ def test_kept_runs_say_why_they_fall_short(path):
     rows = [row for row in json.loads(path.read_text())["rows"] if "ratio" in row]
     missed = [(row["group"], row["peer"]) for row in rows if is_missed(row)]
     assert [row for row in missed if cause_of(*row) is None] == []
+
+
+def test_the_readme_shows_a_kept_run():
+    from summary import README, placed, summary
+
+    text = README.read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- benchmarks: (\S+) -->", text)
+    assert shown
+    for name in shown:
+        kept = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert placed(text, name, summary(kept)) == text, f"python benchmarks/summary.py benchmarks/results/{name}.json"
+
+
+def test_a_summary_has_what_the_run_has():
+    from report import condensed
+    from summary import placed, summary
+
+    run = condensed(saved_run())
+    run["rows"][0]["peer"] = "eager closed form"
+    lines = summary(run)
+    for line in (
+        "| `guidance js 64x1000` | 40 | 400 (10×) |",
+        "| digits, EluCD | 0.2 | 0.02 | 10.00× | – |",
+        "Of 2 ratios that were aimed at, 0 were reached.",
+    ):
+        assert line in lines, line
+    assert not any("guidance js 8x10" in line or "guided_step" in line for line in lines), "rows that are not shown"
+    text = "before\n<!-- benchmarks: a -->\nold\n<!-- end of benchmarks -->\nafter\n"
+    once = placed(text, "a", ["new"])
+    assert once == "before\n<!-- benchmarks: a -->\n\nnew\n\n<!-- end of benchmarks -->\nafter\n"
+    assert placed(once, "a", ["new"]) == once
+    with pytest.raises(ValueError, match="no place for the run: lines '<!-- benchmarks: b -->'"):
+        placed(text, "b", [])
 
 
 @pytest.mark.parametrize(
