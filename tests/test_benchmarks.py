@@ -58,6 +58,33 @@ def test_times_are_of_one_call_and_in_turn():
     assert changes == 2 * BLOCKS + 1
 
 
+def test_parts_are_timed_within_the_whole(monkeypatch):
+    from timing import shares_within
+
+    now = 0.0
+
+    def takes(seconds):
+        def run():
+            nonlocal now
+            now += seconds
+
+        return run
+
+    monkeypatch.setattr("timing.time", SimpleNamespace(perf_counter=lambda: now))
+    owner, rest = SimpleNamespace(long=takes(5.0), short=takes(2.0)), takes(1.0)
+
+    def whole():
+        owner.long()
+        owner.short()
+        owner.short()
+        rest()
+
+    functions = dict(vars(owner))
+    shares = shares_within(whole, {"long": (owner, "long"), "short": (owner, "short")}, 50.0)
+    assert shares == {"long": 0.5, "short": 0.4} and now == 50.0
+    assert vars(owner) == functions
+
+
 def test_a_gpus_inputs_pass_its_cache_in_turn(monkeypatch):
     from timing import DeviceClock
 
@@ -103,6 +130,7 @@ def saved_run() -> dict:
         "sampling digits, compiled": row | option | {"difference": 0.0, "compile_s": 65.0},
         "sampling digits, parts": {
             "table": "parts", "step_us": 1000.0, "eager_step_us": 1250.0, "parts_us": parts, "share_of_ours": 0.1,
+            "share_around": 0.3,
         },
         "threads guided_step": {
             "table": "threads", "bytes": 4_000_000, "us": [300.0, 200.0], "copy_us": [125.0, 100.0],
@@ -155,7 +183,7 @@ def test_the_page_of_a_saved_run(tmp_path):
         "| digits, EluCD | 0.2 | 0.02 | 10.00× |",
         "| digits, bf16 | 0.2 | 0.02 | 10.00× | 0.01 | – |",
         "| digits, compiled | 0.2 | 0.02 | 10.00× | 0 | 65 |",
-        "| digits | 0.7 | 0.05 | 0.05 | 0.2 | 1 | 1.25 | 10.0% |",
+        "| digits | 0.7 | 0.05 | 0.05 | 0.2 | 1 | 1.25 | 10.0% | 30.0% |",
         "| guidance | 1 … 10 | 5 … 60 | 1.50 (too steep) |",
     ):
         assert line in page.splitlines(), line
