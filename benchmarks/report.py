@@ -136,11 +136,11 @@ def _heading(run: Mapping[str, Any]) -> list[str]:
 
 def _op_tables(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for family, members in _by(rows, lambda row: family_of(row["group"])).items():
+    for family, members in by(rows, lambda row: family_of(row["group"])).items():
         peers = list(dict.fromkeys(row["peer"] for row in members))
         lines += [f"## {TITLES.get(family, family)}", ""]
         body = []
-        for group, found in _by(members, lambda row: row["group"]).items():
+        for group, found in by(members, lambda row: row["group"]).items():
             at = {row["peer"]: row for row in found}
             graph = _value(found, "graph_ours_us")
             body.append(
@@ -151,7 +151,7 @@ def _op_tables(rows: Sequence[Row]) -> list[str]:
                     _share(found),
                     _first(found, "host_us"),
                     _size(_value(found, "peak_bytes")),
-                    *(_against(at.get(peer)) for peer in peers),
+                    *(against(at.get(peer)) for peer in peers),
                 ]
             )
         lines += [*table(["", "ours", "GB/s", "copy", "host", "memory", *peers], body), ""]
@@ -163,17 +163,19 @@ def family_of(group: str) -> str:
     return re.split(r"[ ,]", group)[0]
 
 
-def _against(row: Row | None) -> str:
+def against(row: Row | None, memory: bool = True) -> str:
+    """A peer's time, its ratio to ours and, if wanted and known, its memory; in italics if it does another job."""
     if row is None:
         return "–"
     text = f"{number(row['peer_us'])} ({number(row['ratio'])}×)"
-    memory = f", {_size(row['peer_peak_bytes'])}" if row.get("peer_peak_bytes") else ""
-    return f"{text}{memory}" if row.get("same_result", True) else f"*{text}{memory}*"
+    if memory and row.get("peer_peak_bytes"):
+        text += f", {_size(row['peer_peak_bytes'])}"
+    return text if row.get("same_result", True) else f"*{text}*"
 
 
 def _floors(rows: Sequence[Row]) -> list[str]:
     """How many of the ratios that were aimed at were reached, and which were not."""
-    aimed = [row for row in rows if row.get("floor") is not None or row.get("ceiling") is not None]
+    aimed = [row for row in rows if is_aimed(row)]
     if not aimed:
         return []
     missed = [row for row in aimed if is_missed(row)]
@@ -193,6 +195,11 @@ def _floors(rows: Sequence[Row]) -> list[str]:
         lines += ["Not reached:", "", *table(["", "against", "found", "aim", "cause"], body), ""]
         lines += [*dict.fromkeys(f"- *{cause.name}*: {cause.text}" for cause in causes if cause is not None), ""]
     return lines
+
+
+def is_aimed(row: Row) -> bool:
+    """Whether anything was aimed at for a row of a peer and ours."""
+    return row.get("floor") is not None or row.get("ceiling") is not None
 
 
 def is_missed(row: Row) -> bool:
@@ -252,10 +259,14 @@ def _parts(rows: Sequence[Row]) -> list[str]:
                 number(row["step_us"] / 1e3),
                 number(row["eager_step_us"] / 1e3),
                 f"{row['share_of_ours']:.1%}",
+                f"{row['share_around']:.1%}",
             ]
         )
-    heads = ["ms a step", *parts, "rest", "whole step", "eager loop's", "share of our ops"]
-    note = "Each part is timed by itself, in turn with whole runs; the rest is what lies between them, and noise."
+    heads = ["ms a step", *parts, "rest", "whole step", "eager loop's", "our ops", "all but the networks"]
+    note = (
+        "The networks are timed within whole runs on a CPU; on a GPU, as our ops everywhere, each part by itself. The "
+        "rest is what lies between them: Python, noise, a run's beginning and end."
+    )
     return [note, "", *table(heads, body)]
 
 
@@ -332,7 +343,8 @@ def _share(rows: Sequence[Row]) -> str:
     return "–" if share is None else f"{share:.0%}"
 
 
-def _by(rows: Sequence[Row], key: Any) -> dict[str, list[Row]]:
+def by(rows: Sequence[Row], key: Any) -> dict[str, list[Row]]:
+    """Rows of each value of the key, in order."""
     groups = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)

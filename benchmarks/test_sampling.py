@@ -11,7 +11,7 @@ import peers
 import pytest
 import torch
 from loops import EagerDiffusion, drawn, gradient_of
-from timing import clock_of, interleaved
+from timing import clock_of, interleaved, shares_within
 from torch import Tensor, nn
 
 from calguide_fast import FDivSampler, Guidance, guidance_gradient, guided_step, predict_x0
@@ -200,7 +200,7 @@ def against_plain(
 
 @by_networks
 def test_parts(benchmark, device, backend, seconds, name: str) -> None:
-    """A guided step taken apart: each part is timed by itself, in turn with whole runs of ours and of the loop."""
+    """A guided step taken apart: the networks within whole runs on a CPU, on a GPU, and our ops, each by itself."""
     of = networks(name, device)
     shape = (of.images, *shape_of(of))
     labels = labels_of(of, device)
@@ -218,24 +218,39 @@ def test_parts(benchmark, device, backend, seconds, name: str) -> None:
     def classify() -> Tensor:
         return of.classifier(x0)
 
+    whole_run = ours(of, Guidance("js", scale=of.scale), device)
     calls: dict[str, Callable[[], Any]] = {
-        "ours, whole": ours(of, Guidance("js", scale=of.scale), device),
+        "ours, whole": whole_run,
         "eager, whole": eager(of, "js", device),
-        "model": torch.no_grad()(lambda: of.model(x_t, t, y=labels)),
-        "classifier": classify,
-        "its gradient (VJP)": lambda: torch.autograd.grad(logits, x0, found.grad, retain_graph=True),
         "predict_x0": lambda: predict_x0(x_t, output, row),
         "guidance_gradient": lambda: guidance_gradient(logits.detach(), labels),
         "guided_step": lambda: guided_step(x_t, output, row, gradient, scale=of.scale, seeds=seeds),
     }
+    if device.type != "cpu":
+        calls["model"] = torch.no_grad()(lambda: of.model(x_t, t, y=labels))
+        calls["classifier"] = classify
+        calls["its gradient (VJP)"] = lambda: torch.autograd.grad(logits, x0, found.grad, retain_graph=True)
     clock = clock_of(device)
     copies = [clock.copies(())] * len(calls)
     times = dict(zip(calls, interleaved(clock, list(calls.values()), copies, seconds)))
     whole, loop = (times.pop(side) / of.steps * 1e6 for side in ("ours, whole", "eager, whole"))
     parts = {part: each * 1e6 for part, each in times.items()}
-    benchmark.group = f"{title(name, of)}, parts"
-    benchmark.pedantic(calls["ours, whole"], rounds=1)
     kernels = sum(parts[part] for part in ("predict_x0", "guidance_gradient", "guided_step"))
+    if device.type == "cpu":
+        within = {
+            "model": (of.model, "forward"),
+            "classifier": (of.classifier, "forward"),
+            "its gradient (VJP)": (torch.autograd, "grad"),
+        }
+        parts = {part: share * whole for part, share in shares_within(whole_run, within, seconds).items()} | parts
+    benchmark.group = f"{title(name, of)}, parts"
+    benchmark.pedantic(whole_run, rounds=1)
+    networks_us = sum(parts[part] for part in ("model", "classifier", "its gradient (VJP)"))
     benchmark.extra_info.update(
-        table="parts", step_us=whole, eager_step_us=loop, parts_us=parts, share_of_ours=kernels / whole
+        table="parts",
+        step_us=whole,
+        eager_step_us=loop,
+        parts_us=parts,
+        share_of_ours=kernels / whole,
+        share_around=1 - networks_us / whole,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,33 @@ def test_times_are_of_one_call_and_in_turn():
     assert changes == 2 * BLOCKS + 1
 
 
+def test_parts_are_timed_within_the_whole(monkeypatch):
+    from timing import shares_within
+
+    now = 0.0
+
+    def takes(seconds):
+        def run():
+            nonlocal now
+            now += seconds
+
+        return run
+
+    monkeypatch.setattr("timing.time", SimpleNamespace(perf_counter=lambda: now))
+    owner, rest = SimpleNamespace(long=takes(5.0), short=takes(2.0)), takes(1.0)
+
+    def whole():
+        owner.long()
+        owner.short()
+        owner.short()
+        rest()
+
+    functions = dict(vars(owner))
+    shares = shares_within(whole, {"long": (owner, "long"), "short": (owner, "short")}, 50.0)
+    assert shares == {"long": 0.5, "short": 0.4} and now == 50.0
+    assert vars(owner) == functions
+
+
 def test_a_gpus_inputs_pass_its_cache_in_turn(monkeypatch):
     from timing import DeviceClock
 
@@ -102,6 +130,7 @@ def saved_run() -> dict:
         "sampling digits, compiled": row | option | {"difference": 0.0, "compile_s": 65.0},
         "sampling digits, parts": {
             "table": "parts", "step_us": 1000.0, "eager_step_us": 1250.0, "parts_us": parts, "share_of_ours": 0.1,
+            "share_around": 0.3,
         },
         "threads guided_step": {
             "table": "threads", "bytes": 4_000_000, "us": [300.0, 200.0], "copy_us": [125.0, 100.0],
@@ -154,7 +183,7 @@ def test_the_page_of_a_saved_run(tmp_path):
         "| digits, EluCD | 0.2 | 0.02 | 10.00× |",
         "| digits, bf16 | 0.2 | 0.02 | 10.00× | 0.01 | – |",
         "| digits, compiled | 0.2 | 0.02 | 10.00× | 0 | 65 |",
-        "| digits | 0.7 | 0.05 | 0.05 | 0.2 | 1 | 1.25 | 10.0% |",
+        "| digits | 0.7 | 0.05 | 0.05 | 0.2 | 1 | 1.25 | 10.0% | 30.0% |",
         "| guidance | 1 … 10 | 5 … 60 | 1.50 (too steep) |",
     ):
         assert line in page.splitlines(), line
@@ -177,6 +206,39 @@ def test_kept_runs_say_why_they_fall_short(path):
     rows = [row for row in json.loads(path.read_text())["rows"] if "ratio" in row]
     missed = [(row["group"], row["peer"]) for row in rows if is_missed(row)]
     assert [row for row in missed if cause_of(*row) is None] == []
+
+
+def test_the_readme_shows_a_kept_run():
+    from summary import README, placed, summary
+
+    text = README.read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- benchmarks: (\S+) -->", text)
+    assert shown
+    for name in shown:
+        kept = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert placed(text, name, summary(kept)) == text, f"python benchmarks/summary.py benchmarks/results/{name}.json"
+
+
+def test_a_summary_has_what_the_run_has():
+    from report import condensed
+    from summary import placed, summary
+
+    run = condensed(saved_run())
+    run["rows"][0]["peer"] = "eager closed form"
+    lines = summary(run)
+    for line in (
+        "| `guidance js 64x1000` | 40 | 400 (10×) |",
+        "| digits, EluCD | 0.2 | 0.02 | 10.00× | – |",
+        "Of 2 ratios that were aimed at, 0 were reached.",
+    ):
+        assert line in lines, line
+    assert not any("guidance js 8x10" in line or "guided_step" in line for line in lines), "rows that are not shown"
+    text = "before\n<!-- benchmarks: a -->\nold\n<!-- end of benchmarks -->\nafter\n"
+    once = placed(text, "a", ["new"])
+    assert once == "before\n<!-- benchmarks: a -->\n\nnew\n\n<!-- end of benchmarks -->\nafter\n"
+    assert placed(once, "a", ["new"]) == once
+    with pytest.raises(ValueError, match="no place for the run: lines '<!-- benchmarks: b -->'"):
+        placed(text, "b", [])
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,17 @@ class GroupNorm32(nn.GroupNorm):
         return h.to(x.dtype)
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Feature maps (B, C, H, W) at twice the height and width, by nearest neighbours."""
+    rows_lie_together = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    if not rows_lie_together or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    # what PyTorch copies float by float there, as pairs of them: up to 16 times as fast
+    b, c, h, w = x.shape
+    wide = torch.view_as_real(torch.complex(x, x)).view(b, c, h, 1, 2 * w)
+    return wide.expand(b, c, h, 2, 2 * w).contiguous().view(b, c, 2 * h, 2 * w)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling of height and width, then a 3×3 convolution if `use_conv`."""
 
@@ -63,7 +74,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(doubled(x))
 
 
 class Downsample(nn.Module):

@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from calguide_fast.models import PRESETS, EncoderUNet, UNet, adm_classifier, adm_unet
-from calguide_fast.models.blocks import AttentionBlock, AttentionPool2d, GroupNorm32, ResBlock, timestep_embedding
+from calguide_fast.models.blocks import (
+    AttentionBlock,
+    AttentionPool2d,
+    GroupNorm32,
+    ResBlock,
+    doubled,
+    timestep_embedding,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "adm.json").read_text())
 CASES = GOLDEN["cases"]
@@ -215,6 +222,22 @@ def test_dropout_acts_in_training_only():
 def test_other_image_sizes(height, width):
     x = deterministic((2, 3, height, width), 1).float()
     assert fill(UNet(**TINY))(x, TIMESTEPS).shape == (2, 6, height, width)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("height, width", [(3, 5), (1, 4), (8, 8)])
+def test_doubling_is_that_of_the_nearest_neighbours(dtype, memory_format, height, width):
+    x = deterministic((2, 3, height, width), 7).to(dtype).to(memory_format=memory_format)
+    x[0, 0, 0, 0], x[1, 2, -1, -1] = torch.nan, -0.0
+    with torch.no_grad():
+        found = doubled(x)
+    expected = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit(), expected.signbit())
+    assert found.is_contiguous(memory_format=memory_format)
+    (gradient,) = torch.autograd.grad(doubled(x.requires_grad_()).sum(), x)
+    assert torch.equal(gradient, torch.full_like(x, 4.0))
 
 
 def test_timestep_embedding():
