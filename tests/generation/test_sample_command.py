@@ -80,9 +80,7 @@ def begun(finished, tmp_path):
 def count_batches(monkeypatch) -> list[int]:
     """The batches written from now on."""
     written, write = [], Shards.write
-    monkeypatch.setattr(
-        Shards, "write", lambda self, batch, pixels: (written.append(batch), write(self, batch, pixels))
-    )
+    monkeypatch.setattr(Shards, "write", lambda self, batch, *what: (written.append(batch), write(self, batch, *what)))
     return written
 
 
@@ -225,6 +223,19 @@ def test_what_a_dead_process_had_in_hand_is_sampled_by_rank_0(finished, tmp_path
     assert all(f"batch {batch} is sampled here, too" in error for batch in taken) and "batch 2" not in error
 
 
+def test_patience_follows_what_batches_took(finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    took = Shards(finished, config["settings_sha256"]).seconds()
+    assert list(took) == [*range(BATCHES)] and min(took.values()) > 0
+    (tmp_path / "shards").mkdir()
+    theirs, pixels = Shards(tmp_path, "settings", rank=1), np.zeros((1, 2, 2, 1), np.uint8)
+    # batches 2 and 3 are this run's; what those before it took is better than nothing
+    for batch, seconds, patience in ((0, None, 60), (1, 400.0, 1200), (2, 50.0, 150), (3, 70.0, 210), (2, 1.0, 210)):
+        theirs.write(batch, pixels, seconds)
+        assert run._patience(Shards(tmp_path, "settings"), [2, 3]) == patience
+    assert run._patience(Shards(tmp_path, "others"), [2, 3]) == run.PATIENCE_SECONDS
+
+
 # the worst moment: the third shard is written, and not yet in its place
 KILLED = """
 import os, signal, sys
@@ -255,10 +266,10 @@ def test_a_signal_finishes_the_batch_in_hand(signum, finished, tmp_path, monkeyp
     before = signal.getsignal(signum)
     written, write = [], Shards.write
 
-    def stopped(self, batch, pixels):
+    def stopped(self, batch, *what):
         if batch == 1:
             os.kill(os.getpid(), signum)
-        write(self, batch, pixels)
+        write(self, batch, *what)
         written.append(batch)
 
     with monkeypatch.context() as patched:
