@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -227,6 +228,28 @@ def test_changed_code_is_another_extractor(tmp_path, monkeypatch):
     assert source_sha256(typed_in["F"]()) is None
     extractor.name = "my network, version 2"
     assert source_sha256(extractor) is None and extractor_name(extractor) == "my network, version 2"
+
+
+def test_a_partial_is_its_function_and_its_arguments(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import torch\n@torch.no_grad()\ndef f(images, *_, **__): return images"
+    (tmp_path / "my_partial_features.py").write_text(code)
+    f = import_extractor("my_partial_features:f")
+    assert source_sha256(f) == hashlib.sha256(code.encode()).hexdigest(), "and not of torch's no_grad"
+    partials = [partial(f, *args, **named) for args in ((), (2,), ("2",)) for named in ({}, {"sizes": [1, 2.5]})]
+    assert len({source_sha256(f), *map(source_sha256, partials)}) == 7
+    assert source_sha256(partial(f, a=1, b=None)) == source_sha256(partial(f, b=None, a=1))
+    assert extractor_name(partial(f, "2", b=(None, {1: True}))) == "my_partial_features:f('2', b=(None, {1: True}))"
+    assert source_sha256(partial(len)) is None
+    for unclear in (torch.ones(2), {"a", "b"}, [object()], {"f": f}):
+        own = partial(f, network=unclear)
+        kind = type(unclear).__name__
+        with pytest.raises(ValueError, match=f"partial of my_partial_features:f with an argument of type {kind}, "):
+            source_sha256(own)
+        own.name = "version 2"
+        assert source_sha256(own) is None and extractor_name(own) == "version 2"
+        inside = partial(own, 3)
+        assert extractor_name(inside) == "version 2(3)" and source_sha256(inside) != source_sha256(partial(own, 4))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
