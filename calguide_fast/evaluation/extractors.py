@@ -31,16 +31,19 @@ def import_extractor(name: str) -> Extractor:
     """The callable that ``module:function`` names; the module may lie in the working folder.
 
     Raises:
-        ImportError: there is no such module.
+        ImportError: there is no such module, or it raises something while it is imported.
         ValueError: the name is of another form, or names nothing that can be called.
     """
     module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
+    if not module_name or not function_name or module_name.startswith("."):
         raise ValueError(f"features={name!r} must be of the form module:function")
     # a function of the user's is looked for where the command is run, as `python -m` does
     if "" not in sys.path:
         sys.path.insert(0, "")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ImportError(f"features={name!r} cannot be imported: {type(error).__name__}: {error}") from error
     extractor = getattr(module, function_name, None)
     if not callable(extractor):
         raise ValueError(f"{module_name} has no function {function_name!r}, which features={name!r} names")

@@ -18,6 +18,10 @@ PATIENCE_SECONDS = 60.0  # at least, until who holds a batch is believed dead
 PATIENCE_BATCHES = 3.0  # and as many times what the slowest batch took
 
 
+class ImagesNotFinite(ValueError):
+    """The networks or the guidance overflow."""
+
+
 def sample_missing(
     sampler: FDivSampler,
     plan: Plan,
@@ -38,7 +42,7 @@ def sample_missing(
         Interrupted: a signal came; the batch in hand was finished.
         TeammateFailed: another process gave up.
         OSError: a shard cannot be written; it is named.
-        ValueError: images that are not finite.
+        ImagesNotFinite: they are named.
     """
 
     def finish(batch: int) -> None:
@@ -74,7 +78,7 @@ def _sample(sampler: FDivSampler, plan: Plan, batch: int, process: Mapping[str, 
     images = plan.images(batch)
     samples = sampler.sample(plan.labels[images], plan.seeds[images], progress=False, **process)
     if not samples.images.isfinite().all():
-        raise ValueError(
+        raise ImagesNotFinite(
             f"images {images.start}-{images.stop - 1} are not all finite: the networks overflow, as float16 can, or "
             "the guidance is far too strong"
         )

@@ -171,6 +171,7 @@ def test_few_images_are_doubted_or_refused():
         ({"inception": "a.pth"}, ValueError, "give either inception='a.pth' or features="),
         ({"protocol": "adm"}, ValueError, "protocol='adm' is how Inception sees images"),
         ({"features": "small_extractors"}, ValueError, "must be of the form module:function"),
+        ({"features": ".small_extractors:pooled"}, ValueError, "must be of the form module:function"),
         ({"features": "small_extractors:nothing"}, ValueError, "small_extractors has no function 'nothing'"),
         ({"features": "small_extractors:not_callable"}, ValueError, "has no function 'not_callable'"),
         ({"features": "no_such_module:f"}, ImportError, "no_such_module"),
@@ -282,10 +283,21 @@ def test_the_command_finds_a_function_where_it_is_run(files, monkeypatch, capsys
     assert json.loads(capsys.readouterr().out)["metrics"]["fid"] == pytest.approx(EXPECTED["fid"], rel=1e-9)
 
 
-def test_the_commands_errors_are_one_line(files, tmp_path):
+def test_the_commands_errors_are_one_line(files, tmp_path, monkeypatch):
     command = ["evaluate", *map(str, files)]
     with pytest.raises(SystemExit, match="calguide-fast: no Inception weights at .*; they are published at") as stop:
         main([*command, "--inception", str(tmp_path / "nothing.pth")])
     assert "\n" not in str(stop.value)
     with pytest.raises(SystemExit, match="calguide-fast: .*nothing.npz"):
         main(["evaluate", str(tmp_path / "nothing.npz"), str(files[1]), "--features", "small_extractors:pooled"])
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dividing.py").write_text("1 / 0")
+    (tmp_path / "unfinished.py").write_text("def f(:")
+    for name, why in (
+        ("dividing", "ZeroDivisionError: "),
+        ("unfinished", "SyntaxError: "),
+        ("no_such", "Mod.*Error: "),
+    ):
+        with pytest.raises(SystemExit, match=f"calguide-fast: features='{name}:f' cannot be imported: {why}") as stop:
+            main([*command, "--features", f"{name}:f"])
+        assert stop.value.code == 2 and "\n" not in str(stop.value)

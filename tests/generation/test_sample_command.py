@@ -315,9 +315,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch,
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(SystemExit, match=r"calguide-fast: .*No space left on device: '.*\.(npy|jsonl|npz)'"):
+        with pytest.raises(
+            SystemExit, match=r"calguide-fast: .*No space left on device: '.*\.(npy|jsonl|npz)'"
+        ) as stop:
             sample(begun, "--resume")
     assert "batches that are done are kept; the same command with --resume" in capsys.readouterr().err
+    assert stop.value.code == 1
     assert len(list(begun.glob("shards/*.npy"))) >= 3
     assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
 
@@ -402,14 +405,37 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
             "needs --null-class",
         ),
         (["--classifier-weights", "1", "2"], "classifier_weights has 2 entries for 1 classifiers"),
+        (["--device", "meta"], "device='meta' has shapes alone, and computes nothing"),
+        (["--tilt", "0", "--tilt-max", "2"], "tilt_max=2.0 has no effect without tilt"),
+        (["--adaptive-entropy"], "adaptive_entropy=True has no effect without entropy_weight"),
+        (["--seeds", f"0-{10**20}"], f"seeds 0-{10**20} are {10**20 + 1} and num-samples is {IMAGES}"),
+        (["--seeds", "0-10000000", "--num-samples", "10000001"], "10000001 images are too many for one run"),
+        (["--labels", f"1,3-{10**20}"], f"labels='1,3-{10**20}' has {10**20}: labels must lie in 0..9"),
+        (["--out", "{file}"], "out=.*file must be a folder, and .*file is a file"),
+        (["--out", "{file}/inside/it"], "out=.*file/inside/it must be a folder, and .*file is a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=f"^calguide-fast: .*{message}"):
-        sample(tmp_path / "run", *options)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"^calguide-fast: .*{message}") as stop:
+        sample(tmp_path / "run", *(option.format(file=tmp_path / "file") for option in options))
+    assert capsys.readouterr().err == f"{stop.value}\n" and "\n" not in str(stop.value)
+    assert stop.value.code == (1 if "not all finite" in message else 2)
     assert not list((tmp_path / "run").glob("shards/*.npy"))
+
+
+def test_what_the_parser_refuses_is_one_line_too(capsys):
+    for options, said in (
+        (["sample"], "calguide-fast sample: error: the following arguments are required: --preset, --out"),
+        ([*OPTIONS, "--out", "x", "--grid", "many"], "calguide-fast sample: error: argument --grid: invalid int value"),
+        (["reproduce", "cifar10"], "calguide-fast reproduce: error: argument table: invalid choice: 'cifar10'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(options)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(said) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
