@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
+
 import calguide_fast
 from calguide_fast.calibration.commands import METHODS, report_calibration, report_noise_levels, report_reliability
 from calguide_fast.calibration.sources import EPILOG, Source, add_source_options
@@ -28,6 +30,7 @@ Result = TypeVar("Result")
 
 # exit statuses: as argparse has it, and what begins and fails
 WRONG_OPTIONS, FAILED = 2, 1
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _BAD_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -194,15 +197,17 @@ def _in_one_line(work: Callable[[], Result]) -> Result:
     """What `work` returns; an unusable file or setting is one line, not a traceback."""
     try:
         return work()
-    except (OSError, TypeError, ValueError, ImportError) as error:
+    except (OSError, TypeError, ValueError, ImportError, *_NO_MEMORY) as error:
         raise _stopped(error) from None
 
 
 def _stopped(error: Exception) -> SystemExit:
     """What ends the program, having said why."""
-    failed = isinstance(error, (DamagedShard, ImagesNotFinite))
+    failed = isinstance(error, (DamagedShard, ImagesNotFinite, *_NO_MEMORY))
     failed |= isinstance(error, OSError) and not isinstance(error, _BAD_PATHS)
-    stop = SystemExit(f"calguide-fast: {error}")
+    # a GPU's goes on about its allocator; Python's own may have nothing to say
+    reason = f"out of memory: {str(error).partition('. ')[0]}" if isinstance(error, _NO_MEMORY) else str(error)
+    stop = SystemExit(f"calguide-fast: {reason.removesuffix(': ')}")
     # Python prints what is no number, and then the status is 1
     print(stop, file=sys.stderr)
     stop.code = FAILED if failed else WRONG_OPTIONS

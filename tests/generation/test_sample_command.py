@@ -426,6 +426,23 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "run").glob("shards/*.npy"))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory: CUDA out of memory"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, said, begun, monkeypatch):
+    def lacking(*_, **__):
+        raise error
+
+    monkeypatch.setattr(run, "_sample", lacking)
+    with pytest.raises(SystemExit, match=f"^calguide-fast: {said}$") as stop:
+        sample(begun, "--resume")
+    assert stop.value.code == 1
+
+
 def test_what_the_parser_refuses_is_one_line_too(capsys):
     for options, said in (
         (["sample"], "calguide-fast sample: error: the following arguments are required: --preset, --out"),
