@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+import torch
 
 import calguide_fast
 from calguide_fast.calibration.commands import METHODS, report_calibration, report_noise_levels, report_reliability
@@ -16,12 +19,26 @@ from calguide_fast.evaluation.commands import add_options as add_evaluate_option
 from calguide_fast.evaluation.commands import report_evaluation
 from calguide_fast.generation.commands import run_sample
 from calguide_fast.generation.options import add_options as add_sample_options
+from calguide_fast.generation.run import ImagesNotFinite
+from calguide_fast.generation.shards import DamagedShard
 from calguide_fast.studies.reproduce import add_options as add_reproduce_options
 from calguide_fast.studies.reproduce import run_reproduce
 from calguide_fast.studies.sweep import add_options as add_sweep_options
 from calguide_fast.studies.sweep import run_sweep
 
 Result = TypeVar("Result")
+
+# exit statuses: as argparse has it, and what begins and fails
+WRONG_OPTIONS, FAILED = 2, 1
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
+_BAD_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse's own has all the options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_OPTIONS, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="calguide-fast", description="Fused kernels for classifier guidance of diffusion models."
-    )
+    parser = _Parser(prog="calguide-fast", description="Fused kernels for classifier guidance of diffusion models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {calguide_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -114,7 +129,7 @@ def _demo(options: argparse.Namespace) -> int:
     _need_demo_extra()
     from calguide_fast.demo.run import run_demo
 
-    run_demo(options.out, full=options.full)
+    _in_one_line(lambda: run_demo(options.out, full=options.full))
     return 0
 
 
@@ -122,7 +137,7 @@ def _train_demo(options: argparse.Namespace) -> int:
     _need_demo_extra()
     from calguide_fast.demo.train import train_demo
 
-    train_demo(options.out)
+    _in_one_line(lambda: train_demo(options.out))
     return 0
 
 
@@ -174,7 +189,7 @@ def _report(measure: Callable[[], dict[str, Any]], options: argparse.Namespace) 
         except OSError as error:
             # what may have taken hours to measure is not lost with the file
             print(text)
-            raise SystemExit(f"calguide-fast: {error}") from None
+            raise _stopped(error) from None
     return 0
 
 
@@ -182,8 +197,21 @@ def _in_one_line(work: Callable[[], Result]) -> Result:
     """What `work` returns; an unusable file or setting is one line, not a traceback."""
     try:
         return work()
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        raise SystemExit(f"calguide-fast: {error}") from None
+    except (OSError, TypeError, ValueError, ImportError, *_NO_MEMORY) as error:
+        raise _stopped(error) from None
+
+
+def _stopped(error: Exception) -> SystemExit:
+    """What ends the program, having said why."""
+    failed = isinstance(error, (DamagedShard, ImagesNotFinite, *_NO_MEMORY))
+    failed |= isinstance(error, OSError) and not isinstance(error, _BAD_PATHS)
+    # a GPU's goes on about its allocator; Python's own may have nothing to say
+    reason = f"out of memory: {str(error).partition('. ')[0]}" if isinstance(error, _NO_MEMORY) else str(error)
+    stop = SystemExit(f"calguide-fast: {reason.removesuffix(': ')}")
+    # Python prints what is no number, and then the status is 1
+    print(stop, file=sys.stderr)
+    stop.code = FAILED if failed else WRONG_OPTIONS
+    return stop
 
 
 def _need_demo_extra() -> None:

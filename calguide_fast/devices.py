@@ -22,6 +22,8 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         if found.index is not None and found.index >= torch.cuda.device_count():
             raise ValueError(f"device={str(device)!r}: PyTorch sees {torch.cuda.device_count()} GPUs here")
         return found
+    if found.type == "meta":
+        raise ValueError(f"device={str(device)!r} has shapes alone, and computes nothing")
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, ImportError) as error:

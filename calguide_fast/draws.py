@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calguide_fast.backends.philox import RECURRENCE_STREAM
 from calguide_fast.ops.noise import sampling_noise
+from calguide_fast.scratch import Scratch
 
 Noise = Tensor | Callable[[], Tensor]
 
@@ -37,7 +38,7 @@ def check_noise(noise: Any, steps: int, repetitions: int, count: int, shape: tup
 
 
 class Draws:
-    """The noise of one batch.
+    """The noise of one batch. What is drawn from seeds after the start lies in one buffer: the next draw writes to it.
 
     From seeds, draw 0 of the sampler's stream is x_T and draw i that of step i, counted from 1; what a recurrence draws
     beyond that comes from a stream of its own, one after another.
@@ -58,6 +59,7 @@ class Draws:
         self._seeds, self._shape, self._device = seeds, shape, device
         self._in_order = self._read(noise, images)
         self._steps = self._repeats = 0
+        self._scratch = Scratch()
 
     def start(self) -> Tensor:
         """x_T, a tensor of its own."""
@@ -76,7 +78,7 @@ class Draws:
         if not used:
             return None
         if draw is None and not inside:
-            draw = sampling_noise(self._seeds, self._shape, self._steps)
+            draw = self._drawn(self._steps)
         return draw
 
     def repeat(self, used: bool = True) -> Tensor | None:
@@ -86,8 +88,13 @@ class Draws:
         if not used:
             return None
         if draw is None:
-            draw = sampling_noise(self._seeds, self._shape, self._repeats - 1, RECURRENCE_STREAM)
+            draw = self._drawn(self._repeats - 1, RECURRENCE_STREAM)
         return draw
+
+    def _drawn(self, draw: int, stream: int = 0) -> Tensor:
+        shape = len(self._seeds), *self._shape
+        out = self._scratch.take("noise", self._seeds, torch.float32, shape=shape)
+        return sampling_noise(self._seeds, self._shape, draw, stream, out=out)
 
     def _read(self, noise: Noise | None, images: slice) -> Iterator[Tensor]:
         if isinstance(noise, Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor
 from calguide_fast.guidance import ImageGradient
 from calguide_fast.ops.checks import number
 from calguide_fast.ops.guidance import GuidanceStats
+from calguide_fast.scratch import Scratch
 
 
 class Member(NamedTuple):
@@ -43,16 +44,23 @@ def shares(count: int, weights: Sequence[float] | None) -> list[float]:
     return [weight / total for weight in numbers]
 
 
-def mean_gradient(found: Sequence[ImageGradient], shares: Sequence[float]) -> ImageGradient:
+def mean_gradient(found: Sequence[ImageGradient], shares: Sequence[float], scratch: Scratch) -> ImageGradient:
     """The gradient of Σ_j share_j S_j, S_j the score of classifier j, and the same mean of each scalar, in float32.
 
     Averaging scores is a product of experts: of the p_j(y|x) by their geometric mean, where S is a log-probability.
+
+    Args:
+        found: what each classifier says.
+        shares: of each in the mean.
+        scratch: where the mean of several gradients may lie.
     """
     (first, *others), (share, *rest) = found, shares
     if not others:
         return first
-    gradient = share * first.gradient.float()
+    mean = scratch.take("mean", first.gradient, torch.float32, torch.preserve_format)
+    # a copy widens, and a product of narrow numbers would round to such
+    mean.copy_(first.gradient).mul_(share)
     for other, weight in zip(others, rest):
-        gradient.add_(other.gradient, alpha=weight)
+        mean.add_(scratch.cast("widened", other.gradient, torch.float32), alpha=weight)
     tables = [torch.stack(list(one.stats)) * weight for one, weight in zip(found, shares) if one.stats is not None]
-    return ImageGradient(gradient, GuidanceStats(*torch.stack(tables).sum(0).float().unbind(0)))
+    return ImageGradient(mean, GuidanceStats(*torch.stack(tables).sum(0).float().unbind(0)))

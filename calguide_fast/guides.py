@@ -54,7 +54,7 @@ class Classifiers:
             self._gradient_of(member, guidance, x, t, labels, scratch.part(f"classifier {i}"))
             for i, member in enumerate(self.members)
         ]
-        return mean_gradient(found, [member.share for member in self.members])
+        return mean_gradient(found, [member.share for member in self.members], scratch)
 
     def input_of_all(self) -> tuple[torch.dtype, torch.memory_format] | None:
         """The dtype and layout that all want their input in; None where they differ."""

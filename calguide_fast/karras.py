@@ -74,7 +74,7 @@ class Churn:
         s_noise: S_noise, the standard deviation of the noise that is added.
 
     Raises:
-        TypeError, ValueError: at construction, for what is no number or negative.
+        TypeError, ValueError: at construction, for what is no number or negative, and s_tmin above s_tmax.
     """
 
     churn: float = 0.0
@@ -89,6 +89,8 @@ class Churn:
         # an infinite upper end is the natural way to say "from s_tmin up"
         if self.s_tmax != math.inf:
             number("s_tmax", self.s_tmax, low=0.0)
+        if self.s_tmin > self.s_tmax:
+            raise ValueError(f"s_tmin={self.s_tmin!r} must not be above s_tmax={self.s_tmax!r}: there is no σ between")
 
     def applied(self, sigmas: np.ndarray) -> np.ndarray:
         """(K,) the noise levels σ̂ = (1 + γ) σ."""

@@ -108,9 +108,14 @@ def dtype_of(network: Any) -> torch.dtype:
 
 def layout_of(network: Any) -> torch.memory_format:
     for p in _floating_parameters(network):
-        if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous():
+        if is_channels_last(p):
             return torch.channels_last
     return torch.contiguous_format
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the tensor is in that layout, and in no other."""
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def at_most_float32(tensor: Tensor) -> Tensor:

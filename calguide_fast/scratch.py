@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from calguide_fast.networks import is_channels_last
+
 
 class Scratch:
     """Buffers by name, each made when it is first asked for.
@@ -31,7 +33,13 @@ class Scratch:
         layout: torch.memory_format = torch.contiguous_format,
         shape: Sequence[int] | None = None,
     ) -> Tensor:
-        """The buffer, on the device of ``like``, and of its dtype and shape if no others are given; any values."""
+        """The buffer, on the device of ``like``, and of its dtype and shape if no others are given; any values.
+
+        ``torch.preserve_format`` as the layout is that of ``like``: a sum over elements in another order rounds
+        otherwise.
+        """
+        if layout == torch.preserve_format:
+            layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
         dtype = like.dtype if dtype is None else dtype
         shape = like.shape if shape is None else torch.Size(shape)
         wanted = shape, like.device, dtype, layout
@@ -46,7 +54,7 @@ class Scratch:
 
     def cast(self, name: str, x: Tensor, dtype: torch.dtype, layout: torch.memory_format | None = None) -> Tensor:
         """``x`` in another dtype, and a layout if that matters, in a buffer; itself where it is so already."""
-        if x.dtype == dtype and (layout is None or x.is_contiguous(memory_format=layout)):
+        if x.dtype == dtype and (layout in (None, torch.preserve_format) or x.is_contiguous(memory_format=layout)):
             return x
         return self.take(name, x, dtype, torch.contiguous_format if layout is None else layout).copy_(x)
 

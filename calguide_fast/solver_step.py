@@ -84,23 +84,27 @@ class SolverStep:
             push = level[Level.PUSH] * parts.guidance.scale
             if pull.weights is not None:
                 push = push * per_image(pull.weights, x)
-            gradient = scratch.cast("gradient", pull.found.gradient, image.dtype)
-            image = torch.addcmul(image, gradient, push, out=scratch.take("guided image", x))
+            image = torch.addcmul(image, pull.found.gradient, push, out=scratch.take("guided image", x))
         if parts.clip_denoised and parts.predictor.denoise is None:
             image.clamp_(-1, 1)
         return Denoised(image, x0, pull)
 
-    def _pull(self, x: Tensor, t: Tensor, labels: Tensor, scratch: Scratch) -> Pull:
+    def _pull(
+        self, x: Tensor, t: Tensor, labels: Tensor, scratch: Scratch, layout: torch.memory_format | None = None
+    ) -> Pull:
+        """The guide's, its gradient widened to float32, into this layout if it matters."""
         found = self.parts.gradient(x, t, labels, scratch)
         checks.shaped("gradient", found.gradient, x.shape)
+        found = found._replace(gradient=scratch.cast("gradient", found.gradient, torch.float32, layout))
         return Pull(found, weights_of(self.parts.guidance, found, self.parts.group))
 
     def _edm_rule(self, x: Tensor, row: Tensor, labels: Tensor) -> tuple[Tensor, Pull]:
         """What EluCD's rule adds to x, and of what it is made."""
-        guidance = self.parts.guidance
-        pull = self._pull(edm_rule.classified_at(x), row[Level.TIMESTEP], labels, self.parts.scratch)
+        guidance, scratch = self.parts.guidance, self.parts.scratch
+        seen, size = edm_rule.classified_at(x, scratch)
+        pull = self._pull(seen, row[Level.TIMESTEP], labels, scratch, torch.preserve_format)
         assert pull.found is not None
-        shift = edm_rule.shift(x, pull.found.gradient, row, guidance.max_guidance, guidance.add_factor)
+        shift = edm_rule.shift(size, pull.found.gradient, row, guidance.max_guidance, guidance.add_factor, scratch)
         # of scale the sign alone: a product with a half-precision gradient might be 0 or infinite
         shift *= float(guidance.scale > 0) - float(guidance.scale < 0)
-        return shift if pull.weights is None else shift * per_image(pull.weights, x), pull
+        return shift if pull.weights is None else shift.mul_(per_image(pull.weights, x)), pull

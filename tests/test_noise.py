@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from calguide_fast import use_backend
 from calguide_fast.noise import as_seeds, draw_labels
@@ -47,6 +48,22 @@ def test_noise_depends_on_the_seed_alone(backend, seeds):
         assert torch.equal(sampling_noise(seeds[b : b + 1], (3, 5, 7), 4)[0], together[b])
     assert torch.equal(sampling_noise(seeds.flip(0), (3, 5, 7), 4), together.flip(0))
     assert torch.equal(sampling_noise(torch.stack([seeds, seeds], 1)[:, 1], (3, 5, 7), 4), together)
+
+
+def test_noise_is_written_where_it_is_wanted(backend, seeds):
+    expected = sampling_noise(seeds, (3, 5, 7), 4, 1)
+    out = torch.full_like(expected, torch.nan)
+    assert sampling_noise(seeds, (3, 5, 7), 4, 1, out=out) is out and torch.equal(out, expected)
+    with FlopCounterMode(display=False):
+        # a dispatch mode, under which the op itself is called
+        assert sampling_noise(seeds, (3, 5, 7), 4, 2, out=out) is out and not torch.equal(out, expected)
+    for wrong, error, said in (
+        (out.double(), TypeError, "out must be a float32"),
+        (out[1:], ValueError, "out has shape"),
+        (out.transpose(0, 1).contiguous().transpose(0, 1), ValueError, "out must be contiguous"),
+    ):
+        with pytest.raises(error, match=said):
+            sampling_noise(seeds, (3, 5, 7), 4, out=wrong)
 
 
 def test_noise_counts_elements_in_order(backend, seeds):

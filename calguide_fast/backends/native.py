@@ -251,11 +251,16 @@ class NativeKernels:
             variance_max.copy_(running_max)
         return out
 
-    def philox_normal(self, seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
-        """Standard normals of images of `shape`, (B, *shape) fp32: a function of seed, draw and stream alone."""
+    def philox_normal(
+        self, seeds: Tensor, shape: Sequence[int], draw: int, stream: int, out: Tensor | None = None
+    ) -> Tensor:
+        """Standard normals of images of `shape`, (B, *shape) fp32: a function of seed, draw and stream alone.
+
+        `out` is contiguous.
+        """
         seeds = seeds.contiguous()
         batch = seeds.shape[0]
-        out = seeds.new_empty((batch, *shape), dtype=_FLOAT32)
+        out = seeds.new_empty((batch, *shape), dtype=_FLOAT32) if out is None else out
         self.native.philox_normal(
             self.place(seeds), seeds.data_ptr(), batch, math.prod(shape), draw, stream, out.data_ptr()
         )

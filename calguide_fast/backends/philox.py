@@ -57,10 +57,11 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
     return c0, c1, c2, c3
 
 
-def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
+def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int, out: Tensor | None = None) -> Tensor:
     """Standard normals of images of `shape`, channels first, (B, *shape) fp32: a function of seed, draw and stream."""
     if seeds.device.type == "mps":  # which has no float64 to take the square root in
-        return philox_normal(seeds.cpu(), shape, draw, stream).to(seeds.device)
+        normals = philox_normal(seeds.cpu(), shape, draw, stream)
+        return normals.to(seeds.device) if out is None else out.copy_(normals)
     elements = math.prod(shape)
     words = philox_words(seeds, -(-elements // 4), draw, stream)
     u = ((words[..., 0::2] >> 8) + 1).float() * 2.0**-24
@@ -68,7 +69,8 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -
     radius = (_log(u) * -2.0).double().sqrt().float()
     cos, sin = _cos_sin(words[..., 1::2])
     normals = torch.stack((radius * cos, radius * sin), -1)  # [B, blocks, 2, 2]
-    return normals.flatten(1)[:, :elements].reshape(len(seeds), *shape)
+    normals = normals.flatten(1)[:, :elements].reshape(len(seeds), *shape)
+    return normals if out is None else out.copy_(normals)
 
 
 def philox_integers(seeds: Tensor, high: int, stream: int) -> Tensor:

@@ -36,6 +36,10 @@ def open_folder(
             settings, which are named.
         OSError: the folder cannot be made or written.
     """
+    # of the folders above it, too, any may be a file
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"out={folder} must be a folder, and {place} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     # a run that was killed before it had written its config.json has begun nothing

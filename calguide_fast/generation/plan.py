@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from calguide_fast.noise import as_seeds, draw_labels
-from calguide_fast.ops.checks import check_labels
 
 BALANCED, RANDOM = "balanced", "random"
+# what is kept of each in memory, from the start, is some hundred bytes
+MOST_IMAGES = 10_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +66,12 @@ class Plan:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         ranges = parse_integers("seeds", seeds) if seeds is not None else [range(num_samples or default)]
-        count = sum(map(len, ranges))
+        # not by len, which has no number above 2⁶³
+        count = sum(part.stop - part.start for part in ranges)
         if num_samples is not None and count != num_samples:
             raise ValueError(f"seeds {seeds} are {count} and num-samples is {num_samples}: each image needs one seed")
+        if count > MOST_IMAGES:
+            raise ValueError(f"{count} images are too many for one run, which takes {MOST_IMAGES}")
         chosen = as_seeds(list(itertools.chain(*ranges)), count)
         return cls(_labels(labels, chosen, num_classes), chosen, batch_size)
 
@@ -79,10 +83,14 @@ def _labels(text: str, seeds: Tensor, num_classes: int) -> Tensor:
     if text == BALANCED:
         return index % num_classes
     try:
-        listed = torch.tensor(list(itertools.chain(*parse_integers("labels", text))))
+        ranges = parse_integers("labels", text)
     except ValueError as error:
         raise ValueError(f"{error}; or '{BALANCED}' or '{RANDOM}'") from None
-    check_labels(listed, num_classes)
+    # before they are listed, as there may be any number of them
+    last = max(part.stop for part in ranges) - 1
+    if last >= num_classes:
+        raise ValueError(f"labels={text!r} has {last}: labels must lie in 0..{num_classes - 1}")
+    listed = torch.tensor(list(itertools.chain(*ranges)))
     return listed[index % len(listed)]
 
 

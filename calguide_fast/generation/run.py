@@ -15,7 +15,11 @@ from calguide_fast.generation.team import Team
 from calguide_fast.sampler import FDivSampler
 
 PATIENCE_SECONDS = 60.0  # at least, until who holds a batch is believed dead
-PATIENCE_BATCHES = 3.0  # and as many times what rank 0's slowest batch took
+PATIENCE_BATCHES = 3.0  # and as many times what the slowest batch took
+
+
+class ImagesNotFinite(ValueError):
+    """The networks or the guidance overflow."""
 
 
 def sample_missing(
@@ -38,29 +42,35 @@ def sample_missing(
         Interrupted: a signal came; the batch in hand was finished.
         TeammateFailed: another process gave up.
         OSError: a shard cannot be written; it is named.
-        ValueError: images that are not finite.
+        ImagesNotFinite: they are named.
     """
 
     def finish(batch: int) -> None:
         team.check()
+        start = time.monotonic()
         pixels = _sample(sampler, plan, batch, process)
+        seconds = time.monotonic() - start
         if team.is_done(batch):
             return  # by rank 0, who took this process for dead, or by one whom rank 0 took for dead
-        shards.write(batch, pixels)
+        shards.write(batch, pixels, seconds)
         if team.done(batch):
             progress.update(team.add("images", len(pixels)))
 
-    slowest = 0.0
     for batch in team.deal(missing):
-        start = time.monotonic()
         finish(batch)
-        slowest = max(slowest, time.monotonic() - start)
     if team.rank == 0:
-        patience = max(PATIENCE_SECONDS, PATIENCE_BATCHES * slowest)
-        for batch in team.overdue(missing, patience):
+        for batch in team.overdue(missing, lambda: _patience(shards, missing)):
+            patience = _patience(shards, missing)
             progress.say(f"nobody has finished a batch for {patience:.0f} s: batch {batch} is sampled here, too")
             finish(batch)
         progress.update(team.add("images", 0))
+
+
+def _patience(shards: Shards, missing: Sequence[int]) -> float:
+    """For how many seconds to wait for a batch, by what others took: in this run, or in the runs before it."""
+    seconds = shards.seconds()
+    here = [seconds[batch] for batch in missing if batch in seconds]
+    return max(PATIENCE_SECONDS, PATIENCE_BATCHES * max(here or seconds.values(), default=0.0))
 
 
 def _sample(sampler: FDivSampler, plan: Plan, batch: int, process: Mapping[str, Any]) -> np.ndarray:
@@ -68,7 +78,7 @@ def _sample(sampler: FDivSampler, plan: Plan, batch: int, process: Mapping[str, 
     images = plan.images(batch)
     samples = sampler.sample(plan.labels[images], plan.seeds[images], progress=False, **process)
     if not samples.images.isfinite().all():
-        raise ValueError(
+        raise ImagesNotFinite(
             f"images {images.start}-{images.stop - 1} are not all finite: the networks overflow, as float16 can, or "
             "the guidance is far too strong"
         )

@@ -96,20 +96,20 @@ class Team:
         """Whether anybody has done an item."""
         return self._store.add(f"done/{item}", 0) > 0
 
-    def overdue(self, items: Sequence[Item], patience: float) -> Iterator[Item]:
+    def overdue(self, items: Sequence[Item], patience: Callable[[], float]) -> Iterator[Item]:
         """Wait until all items are done, whoever does them; those that are not come forth to be done here.
 
         Args:
             items: as they were dealt.
-            patience: seconds in which nobody has done any, after which whoever has them is believed dead. One who is
-                alive is in no way disturbed.
+            patience: seconds in which nobody has done any, after which whoever has them is believed dead; asked again
+                after each that is done. One who is alive is in no way disturbed.
         """
-        left, deadline = self._undone(items), time.monotonic() + patience
+        left, deadline = self._undone(items), time.monotonic() + patience()
         while left:
             self._pause()
             before, left = left, self._undone(left)
             if len(left) < len(before):
-                deadline = time.monotonic() + patience
+                deadline = time.monotonic() + patience()
             elif time.monotonic() > deadline:
                 yield from (item for item in left if not self.is_done(item))
 

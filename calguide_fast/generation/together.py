@@ -44,7 +44,8 @@ def together(work: Callable[[Team], object], preset: str, how_to_go_on: str) -> 
             say(f"the store that the processes of this run share does not answer: {error}; {how_to_go_on}")
             return 1
         except BaseException as error:
-            team.fail(str(error))
+            # some have nothing to say, as where there is no memory
+            team.fail(str(error) or type(error).__name__)
             raise
     return 0
 

@@ -22,6 +22,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
+_thread_includes = torch._C._dispatch_tls_is_dispatch_key_included
+# set while autograd takes a batch of gradients at once, by a vmap that has no functorch level
+_BATCHED_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 def is_watched() -> bool:
@@ -40,9 +43,9 @@ def is_watched() -> bool:
 def is_direct(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher has nothing to add, so that an op may call its backend at once, some 3 µs sooner.
 
-    True for ordinary strided tensors, without lazy negation, when nothing watches.
+    True for ordinary strided tensors, without lazy negation, when nothing watches and no gradients are batched.
     """
-    if is_watched():
+    if is_watched() or _thread_includes(_BATCHED_GRADIENTS):
         return False
     # a plain loop: all() with a generator doubles the cost of a small call
     for tensor in tensors:

@@ -249,9 +249,13 @@ def guidance_score(
 
     Arguments and errors are those of :func:`guidance_gradient`. Works under autograd, ``torch.func`` (grad, vjp,
     vmap) and ``torch.compile``, though not where the transform is compiled as well; it can be differentiated once.
+    Until the backward pass the logits must not be edited in place.
 
     Returns:
         (B,) scores, float32 (float64 for float64 logits).
+
+    Raises:
+        RuntimeError: in the backward pass, PyTorch's, of logits "modified by an inplace operation" since.
     """
     settings = guidance_settings(
         divergence, alpha, epsilon, joint_temperature, marginal_temperature, entropy_weight, adaptive_entropy

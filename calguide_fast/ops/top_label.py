@@ -25,7 +25,8 @@ def top_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         confidence = p_top = 1 / Σ_i exp(f_i − f_top),      ∂ confidence / ∂ f_i = p_top (1[i = top] − p_i).
 
     Differentiable once in ``logits``; works under ``torch.func`` (grad, vjp, vmap) and ``torch.compile``. Each
-    direction reads the logits once; the backward writes their gradient once.
+    direction reads the logits once, which must not be edited in place in between; the backward writes their gradient
+    once.
 
     Args:
         logits: (n, C), float32, bfloat16, float16 or float64, any strides; C at least 1. A logit of −inf masks its

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -170,6 +171,7 @@ def test_few_images_are_doubted_or_refused():
         ({"inception": "a.pth"}, ValueError, "give either inception='a.pth' or features="),
         ({"protocol": "adm"}, ValueError, "protocol='adm' is how Inception sees images"),
         ({"features": "small_extractors"}, ValueError, "must be of the form module:function"),
+        ({"features": ".small_extractors:pooled"}, ValueError, "must be of the form module:function"),
         ({"features": "small_extractors:nothing"}, ValueError, "small_extractors has no function 'nothing'"),
         ({"features": "small_extractors:not_callable"}, ValueError, "has no function 'not_callable'"),
         ({"features": "no_such_module:f"}, ImportError, "no_such_module"),
@@ -229,6 +231,28 @@ def test_changed_code_is_another_extractor(tmp_path, monkeypatch):
     assert source_sha256(extractor) is None and extractor_name(extractor) == "my network, version 2"
 
 
+def test_a_partial_is_its_function_and_its_arguments(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import torch\n@torch.no_grad()\ndef f(images, *_, **__): return images"
+    (tmp_path / "my_partial_features.py").write_text(code)
+    f = import_extractor("my_partial_features:f")
+    assert source_sha256(f) == hashlib.sha256(code.encode()).hexdigest(), "and not of torch's no_grad"
+    partials = [partial(f, *args, **named) for args in ((), (2,), ("2",)) for named in ({}, {"sizes": [1, 2.5]})]
+    assert len({source_sha256(f), *map(source_sha256, partials)}) == 7
+    assert source_sha256(partial(f, a=1, b=None)) == source_sha256(partial(f, b=None, a=1))
+    assert extractor_name(partial(f, "2", b=(None, {1: True}))) == "my_partial_features:f('2', b=(None, {1: True}))"
+    assert source_sha256(partial(len)) is None
+    for unclear in (torch.ones(2), {"a", "b"}, [object()], {"f": f}):
+        own = partial(f, network=unclear)
+        kind = type(unclear).__name__
+        with pytest.raises(ValueError, match=f"partial of my_partial_features:f with an argument of type {kind}, "):
+            source_sha256(own)
+        own.name = "version 2"
+        assert source_sha256(own) is None and extractor_name(own) == "version 2"
+        inside = partial(own, 3)
+        assert extractor_name(inside) == "version 2(3)" and source_sha256(inside) != source_sha256(partial(own, 4))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 def test_a_gpu_that_is_not_there_is_missed():
     with pytest.raises(ValueError, match="device='cuda:0': PyTorch sees no GPU here"):
@@ -259,10 +283,21 @@ def test_the_command_finds_a_function_where_it_is_run(files, monkeypatch, capsys
     assert json.loads(capsys.readouterr().out)["metrics"]["fid"] == pytest.approx(EXPECTED["fid"], rel=1e-9)
 
 
-def test_the_commands_errors_are_one_line(files, tmp_path):
+def test_the_commands_errors_are_one_line(files, tmp_path, monkeypatch):
     command = ["evaluate", *map(str, files)]
     with pytest.raises(SystemExit, match="calguide-fast: no Inception weights at .*; they are published at") as stop:
         main([*command, "--inception", str(tmp_path / "nothing.pth")])
     assert "\n" not in str(stop.value)
     with pytest.raises(SystemExit, match="calguide-fast: .*nothing.npz"):
         main(["evaluate", str(tmp_path / "nothing.npz"), str(files[1]), "--features", "small_extractors:pooled"])
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dividing.py").write_text("1 / 0")
+    (tmp_path / "unfinished.py").write_text("def f(:")
+    for name, why in (
+        ("dividing", "ZeroDivisionError: "),
+        ("unfinished", "SyntaxError: "),
+        ("no_such", "Mod.*Error: "),
+    ):
+        with pytest.raises(SystemExit, match=f"calguide-fast: features='{name}:f' cannot be imported: {why}") as stop:
+            main([*command, "--features", f"{name}:f"])
+        assert stop.value.code == 2 and "\n" not in str(stop.value)

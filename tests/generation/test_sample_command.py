@@ -80,9 +80,7 @@ def begun(finished, tmp_path):
 def count_batches(monkeypatch) -> list[int]:
     """The batches written from now on."""
     written, write = [], Shards.write
-    monkeypatch.setattr(
-        Shards, "write", lambda self, batch, pixels: (written.append(batch), write(self, batch, pixels))
-    )
+    monkeypatch.setattr(Shards, "write", lambda self, batch, *what: (written.append(batch), write(self, batch, *what)))
     return written
 
 
@@ -225,6 +223,19 @@ def test_what_a_dead_process_had_in_hand_is_sampled_by_rank_0(finished, tmp_path
     assert all(f"batch {batch} is sampled here, too" in error for batch in taken) and "batch 2" not in error
 
 
+def test_patience_follows_what_batches_took(finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    took = Shards(finished, config["settings_sha256"]).seconds()
+    assert list(took) == [*range(BATCHES)] and min(took.values()) > 0
+    (tmp_path / "shards").mkdir()
+    theirs, pixels = Shards(tmp_path, "settings", rank=1), np.zeros((1, 2, 2, 1), np.uint8)
+    # batches 2 and 3 are this run's; what those before it took is better than nothing
+    for batch, seconds, patience in ((0, None, 60), (1, 400.0, 1200), (2, 50.0, 150), (3, 70.0, 210), (2, 1.0, 210)):
+        theirs.write(batch, pixels, seconds)
+        assert run._patience(Shards(tmp_path, "settings"), [2, 3]) == patience
+    assert run._patience(Shards(tmp_path, "others"), [2, 3]) == run.PATIENCE_SECONDS
+
+
 # the worst moment: the third shard is written, and not yet in its place
 KILLED = """
 import os, signal, sys
@@ -255,10 +266,10 @@ def test_a_signal_finishes_the_batch_in_hand(signum, finished, tmp_path, monkeyp
     before = signal.getsignal(signum)
     written, write = [], Shards.write
 
-    def stopped(self, batch, pixels):
+    def stopped(self, batch, *what):
         if batch == 1:
             os.kill(os.getpid(), signum)
-        write(self, batch, pixels)
+        write(self, batch, *what)
         written.append(batch)
 
     with monkeypatch.context() as patched:
@@ -304,9 +315,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(begun, finished, monkeypatch,
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(SystemExit, match=r"calguide-fast: .*No space left on device: '.*\.(npy|jsonl|npz)'"):
+        with pytest.raises(
+            SystemExit, match=r"calguide-fast: .*No space left on device: '.*\.(npy|jsonl|npz)'"
+        ) as stop:
             sample(begun, "--resume")
     assert "batches that are done are kept; the same command with --resume" in capsys.readouterr().err
+    assert stop.value.code == 1
     assert len(list(begun.glob("shards/*.npy"))) >= 3
     assert sample(begun, "--resume") == 0 and same_bytes(finished, begun)
 
@@ -391,14 +405,54 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
             "needs --null-class",
         ),
         (["--classifier-weights", "1", "2"], "classifier_weights has 2 entries for 1 classifiers"),
+        (["--device", "meta"], "device='meta' has shapes alone, and computes nothing"),
+        (["--tilt", "0", "--tilt-max", "2"], "tilt_max=2.0 has no effect without tilt"),
+        (["--adaptive-entropy"], "adaptive_entropy=True has no effect without entropy_weight"),
+        (["--seeds", f"0-{10**20}"], f"seeds 0-{10**20} are {10**20 + 1} and num-samples is {IMAGES}"),
+        (["--seeds", "0-10000000", "--num-samples", "10000001"], "10000001 images are too many for one run"),
+        (["--labels", f"1,3-{10**20}"], f"labels='1,3-{10**20}' has {10**20}: labels must lie in 0..9"),
+        (["--out", "{file}"], "out=.*file must be a folder, and .*file is a file"),
+        (["--out", "{file}/inside/it"], "out=.*file/inside/it must be a folder, and .*file is a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=f"^calguide-fast: .*{message}"):
-        sample(tmp_path / "run", *options)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"^calguide-fast: .*{message}") as stop:
+        sample(tmp_path / "run", *(option.format(file=tmp_path / "file") for option in options))
+    assert capsys.readouterr().err == f"{stop.value}\n" and "\n" not in str(stop.value)
+    assert stop.value.code == (1 if "not all finite" in message else 2)
     assert not list((tmp_path / "run").glob("shards/*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory: CUDA out of memory"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, said, begun, monkeypatch):
+    def lacking(*_, **__):
+        raise error
+
+    monkeypatch.setattr(run, "_sample", lacking)
+    with pytest.raises(SystemExit, match=f"^calguide-fast: {said}$") as stop:
+        sample(begun, "--resume")
+    assert stop.value.code == 1
+
+
+def test_what_the_parser_refuses_is_one_line_too(capsys):
+    for options, said in (
+        (["sample"], "calguide-fast sample: error: the following arguments are required: --preset, --out"),
+        ([*OPTIONS, "--out", "x", "--grid", "many"], "calguide-fast sample: error: argument --grid: invalid int value"),
+        (["reproduce", "cifar10"], "calguide-fast reproduce: error: argument table: invalid choice: 'cifar10'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(options)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(said) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

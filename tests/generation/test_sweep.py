@@ -159,11 +159,11 @@ class Killed(BaseException):
 def test_a_killed_sweep_goes_on(swept, sampled, no_pictures, tmp_path, monkeypatch):
     write = Shards.write
 
-    def kill(self, batch, pixels):
+    def kill(self, batch, *what):
         # at the second point, when one of its two batches is there
         if batch == 1 and len(list(self.folder.parent.parent.iterdir())) == 2:
             raise Killed
-        write(self, batch, pixels)
+        write(self, batch, *what)
 
     command = [*OPTIONS, *GRID, "--out", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(Killed):

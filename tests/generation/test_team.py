@@ -59,11 +59,13 @@ def test_what_a_silent_process_had_in_hand_comes_forth(pair, monkeypatch):
     # as long as somebody finishes something in time, nobody is believed dead
     waits = iter([lambda: None, lambda: second.done("a"), lambda: time.sleep(0.3), lambda: None])
     monkeypatch.setattr(first, "_pause", lambda: next(waits)())
-    overdue = first.overdue("abcdef", 0.2)
+    # nor does it matter what was known of a batch's time before one was done
+    patience = iter([60.0, 0.2, 0.2])
+    overdue = first.overdue("abcdef", lambda: next(patience))
     assert next(overdue) == "b" and len(list(waits)) == 1
     assert first.done("b") and not second.done("b")  # who comes to life again is late
     monkeypatch.setattr(first, "_pause", lambda: None)
-    assert list(overdue) == [] == list(first.overdue("abcdef", 60.0))
+    assert list(overdue) == [] == list(first.overdue("abcdef", lambda: 60.0))
 
 
 def test_a_process_that_never_speaks_is_waited_for_once(pair, monkeypatch):
@@ -80,7 +82,7 @@ def test_who_waits_hears_of_a_failure(pair):
     first, second = pair
     second.check()
     first.fail("No space left on device: 'a.npy'")
-    for wait in (second.check, lambda: second.from_first("x", int), lambda: next(second.overdue("a", 60.0))):
+    for wait in (second.check, lambda: second.from_first("x", int), lambda: next(second.overdue("a", lambda: 60.0))):
         with pytest.raises(TeammateFailed, match="^rank 0: No space left on device: 'a.npy'$"):
             wait()
 
@@ -94,7 +96,7 @@ def test_who_waits_hears_of_a_signal(request):
         team = Team(interrupts)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted, match="SIGINT") as stop:
-            next(team.overdue("a", 60.0))
+            next(team.overdue("a", lambda: 60.0))
         assert stop.value.status == 130 and len(said) == 1
         # the second acts as ever
         with pytest.raises(KeyboardInterrupt):

@@ -363,7 +363,11 @@ def test_gate_refuses_watched_calls():
     torch.func.jvp(look("jvp"), (plain,), (plain,))
     make_fx(look("make_fx"))(plain)
     torch.jit.trace(look("jit"), plain, check_trace=False)
-    assert len(answers) == 8
+    leaf = torch.zeros(2, requires_grad=True)
+    total = leaf.sum()
+    total.register_hook(look("batched gradients"))
+    torch.autograd.grad(total, leaf, torch.ones(3), is_grads_batched=True)
+    assert len(answers) == 9
     assert not any(answers.values()), answers
     assert is_direct(plain), "and nothing of it stays"
 
@@ -432,7 +436,38 @@ def _calibration(logits, labels):
     return ece.smooth_ece_from_logits(logits, labels).value
 
 
-@pytest.mark.parametrize("op", [_score, _confidence, _calibration])
+OPS = ["guidance_score", "top_label", "smooth_ece"]
+
+
+@pytest.mark.parametrize("vectorised", ["is_grads_batched", "jacobian"])
+@pytest.mark.parametrize("op", [guidance_score, lambda *given: top_label(*given)[0], _calibration], ids=OPS)
+def test_batched_gradients(op, vectorised, backend):
+    """Autograd's own vmap is older than torch.func's, and has none of its levels."""
+    logits, labels = logits_and_labels(batch=5)
+    leaf = logits.requires_grad_()
+    result = op(leaf, labels)
+    pulls = torch.eye(result.numel()).view(-1, *result.shape)
+    expected = torch.stack([torch.autograd.grad(result, leaf, pull, retain_graph=True)[0] for pull in pulls])
+    if vectorised == "jacobian":
+        found = torch.autograd.functional.jacobian(lambda leaf: op(leaf, labels), leaf, vectorize=True)
+        found = found.view_as(expected)
+    else:
+        (found,) = torch.autograd.grad(result, leaf, pulls, is_grads_batched=True)
+    assert expected.any() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("op", [guidance_score, lambda *given: top_label(*given)[0]], ids=OPS[:2])
+def test_logits_edited_before_the_backward_pass_are_noticed(op, backend):
+    logits, labels = logits_and_labels()
+    logits = logits.requires_grad_() * 1
+    total = op(logits, labels).sum()
+    with torch.no_grad():
+        logits[0] = 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("op", [_score, _confidence, _calibration], ids=OPS)
 def test_a_compiled_transform_is_refused_and_not_0(op):
     torch._dynamo.reset()
     logits, labels = torch.randn(6, 5), torch.arange(6) % 5

@@ -80,6 +80,13 @@ CASES = {
     "heun": ({}, {"method": "heun"}),
     "heun, xt": ({"classifier_input": "xt"}, {"method": "heun"}),
     "dpmpp": ({}, {"method": "dpmpp"}),
+    "churn": ({"churn": 30.0}, {"method": "heun"}),
+    "recurrence": ({}, {"method": "ddpm", "recurrence": 3}),
+    "recurrence, heun": ({"churn": 30.0}, {"method": "heun", "recurrence": 2}),
+    "edm rule": ({"guidance": Guidance(rule="edm")}, {"method": "heun"}),
+    "edm rule, tilted": ({"guidance": Guidance(rule="edm", tilt=0.2)}, {"method": "heun"}),
+    "several": ({"classifier_weights": [2, 1, 1]}, {"method": "ddpm"}),
+    "several, edm rule": ({"classifier_weights": [1, 2], "guidance": Guidance(rule="edm")}, {"method": "heun"}),
 }
 
 
@@ -87,10 +94,27 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_steps_allocate_nothing_large(case, dtype):
     settings, options = CASES[case]
-    sampler = FDivSampler(Canned(dtype).eval(), **{"classifier": CannedClassifier(dtype).eval(), **settings})
+    classifiers = [CannedClassifier(dtype).eval() for _ in settings.get("classifier_weights", [1])]
+    sampler = FDivSampler(Canned(dtype).eval(), **{"classifier": classifiers, **settings})
     sizes = allocated(sampler, **options)
     assert sizes[0] == MARK, "what is made is seen"
     assert max(sizes) <= SMALL, sorted(sizes)[-5:]
+
+
+@pytest.mark.parametrize("method, evaluations", [("ddpm", 6), ("dpmpp", 6), ("heun", 11)])
+def test_a_narrow_gradient_is_widened_once(method, evaluations, monkeypatch):
+    widened, cast = [], Scratch.cast
+
+    def look(self, name, x, *options):
+        found = cast(self, name, x, *options)
+        if x.dtype == torch.bfloat16 and found is not x and x.shape == (IMAGES, 3, SIDE, SIDE) and name != "eps":
+            widened.append(name)
+        return found
+
+    monkeypatch.setattr(Scratch, "cast", look)
+    sampler = FDivSampler(Canned(torch.bfloat16).eval(), CannedClassifier(torch.bfloat16).eval())
+    sampler.sample([0] * IMAGES, range(IMAGES), 6, method, progress=False)
+    assert widened == ["gradient"] * evaluations
 
 
 def test_buffers_are_made_once_and_again_where_another_is_asked_for():
@@ -102,6 +126,11 @@ def test_buffers_are_made_once_and_again_where_another_is_asked_for():
         other = scratch.take("x0", **{"like": x, **options})
         assert other is not first and scratch.take("x0", x) is not first
     assert other.is_contiguous(memory_format=torch.channels_last)
+    assert scratch.take("x0", other, layout=torch.preserve_format).stride() == other.stride() != x.stride()
+    narrow = other.bfloat16()
+    for layout, strides in ((None, x.stride()), (torch.preserve_format, other.stride())):
+        assert scratch.cast("cast", narrow, torch.float32, layout).stride() == strides
+        assert scratch.cast("cast", other, torch.float32, layout) is other
     fresh = Scratch(kept=False)
     assert fresh.take("x0", x) is not fresh.take("x0", x)
     assert scratch.cast("cast", x, x.dtype) is x

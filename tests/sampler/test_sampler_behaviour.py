@@ -403,6 +403,7 @@ CONSTRUCTION = [
     ({"churn": -1}, ValueError, "churn=-1 must be finite and at least 0"),
     ({"s_tmin": math.inf}, ValueError, "s_tmin=inf must be finite"),
     ({"s_tmax": math.nan}, ValueError, "s_tmax=nan must be finite"),
+    ({"s_tmin": 5.0, "s_tmax": 1.0}, ValueError, "s_tmin=5.0 must not be above s_tmax=1.0"),
     ({"sigma_range": 3.0}, ValueError, "sigma_range=3.0 must be a pair of noise levels"),
     ({"s_noise": "1"}, TypeError, "s_noise must be a number"),
     ({"rule": "elucd"}, ValueError, "rule='elucd' must be 'score' or 'edm'"),

@@ -86,11 +86,14 @@ def _normal_kernel(seeds, out, batch, elements, draw, stream, IMAGES: tl.constex
     tl.store(out + image[:, None] * elements + element[None, :], z, mask=mask)
 
 
-def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int) -> Tensor:
-    """Standard normals of images of `shape`, (B, *shape) fp32: a function of seed, draw and stream alone."""
+def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, stream: int, out: Tensor | None = None) -> Tensor:
+    """Standard normals of images of `shape`, (B, *shape) fp32: a function of seed, draw and stream alone.
+
+    `out` is contiguous.
+    """
     seeds = seeds.contiguous()
     batch, elements = len(seeds), math.prod(shape)
-    out = torch.empty((batch, *shape), dtype=torch.float32, device=seeds.device)
+    out = torch.empty((batch, *shape), dtype=torch.float32, device=seeds.device) if out is None else out
     if out.numel():
         images, block = tile_shape(elements, TILE, TILE)
         grid = (triton.cdiv(batch, images) * triton.cdiv(elements, block),)
