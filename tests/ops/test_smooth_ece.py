@@ -432,8 +432,9 @@ def test_bandwidth_has_a_floor(served):
     assert_near(torch.autograd.grad(found.value, leaf)[0], torch.full((50,), 0.02, dtype=torch.float64), 1e-9)
 
 
-def test_result_does_not_depend_on_threads(two_threads):
-    f, y = sample(600_001, 1.1, torch.float32)
+@pytest.mark.parametrize("n", [140_000, 600_001])
+def test_result_does_not_depend_on_threads(n, two_threads):
+    f, y = sample(n, 1.1, torch.float32)
     w = torch.rand(len(f))
     results = []
     for threads in (1, 2):

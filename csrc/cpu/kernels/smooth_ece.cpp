@@ -16,8 +16,8 @@ namespace {
 // up to so many samples each has moments of its own, beyond they share bins
 constexpr int64_t exact_samples = 4096;
 constexpr int64_t least_bins = 2048;
-// a part of the samples fills bins of its own; how many parts there are follows from the samples alone
-constexpr int64_t samples_per_part = 1 << 18, most_parts = 16;
+// A part of at least so many samples fills bins of its own. To clear and share out a bin costs as much as four samples.
+constexpr int64_t samples_per_part = 1 << 16, samples_per_bin = 16, most_parts = 16;
 constexpr int64_t samples_per_block = 64, fetch_ahead = 4 * samples_per_block;
 constexpr int64_t tables_per_part = 2;
 
@@ -396,10 +396,17 @@ void share_out(const Bin* table, int64_t bins, double* nodes) {
   for (int node = 0; node < 3; ++node) nodes[bins + node] = next[node];
 }
 
+// A power of two, which as many threads share evenly. It follows from the samples alone, and so does the result.
+int64_t parts_for(int64_t count, int64_t bins) {
+  const int64_t least = samples_per_part > samples_per_bin * bins ? samples_per_part : samples_per_bin * bins;
+  int64_t parts = 1;
+  while (parts < most_parts && count >= 2 * parts * least) parts *= 2;
+  return parts;
+}
+
 template <class Real, bool Weighted>
 void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threads, Sources& to) {
-  int64_t parts = samples.count / samples_per_part;
-  parts = parts < 1 ? 1 : parts < most_parts ? parts : most_parts;
+  const int64_t parts = parts_for(samples.count, bins);
   const int64_t nodes = bins + 3;
   Buffer of_parts(nodes * parts), totals(parts);
   bool allowed[most_parts];
