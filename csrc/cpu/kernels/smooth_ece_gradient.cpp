@@ -13,7 +13,7 @@ namespace {
 
 // below this many samples a thread costs more than it saves
 constexpr int64_t samples_per_thread = 32768;
-constexpr int64_t samples_per_block = 128;
+constexpr int64_t samples_per_block = 128, fetch_ahead = 4 * samples_per_block;
 
 template <class T, bool Weighted>
 struct Samples {
@@ -76,6 +76,17 @@ void make_cubics(const double* series, int64_t terms, double factor, int64_t cel
   }
 }
 
+// Asks the memory for a block of samples.
+template <class T, bool Weighted>
+__attribute__((always_inline)) inline void fetch_block(const Samples<T, Weighted>& samples, int64_t first) {
+  constexpr int64_t line = 64, per_line = line / sizeof(T), weights_per_line = line / sizeof(WideOf<T>);
+  for (int64_t j = 0; j < samples_per_block; j += per_line) __builtin_prefetch(samples.confidence + first + j);
+  for (int64_t j = 0; j < samples_per_block; j += line) __builtin_prefetch(samples.correct + first + j);
+  if constexpr (Weighted) {
+    for (int64_t j = 0; j < samples_per_block; j += weights_per_line) __builtin_prefetch(samples.weights + first + j);
+  }
+}
+
 template <class T, bool Weighted>
 void write_part(const Samples<T, Weighted>& samples, int64_t begin, int64_t end, int64_t cells,
                 const Cubic<WideOf<T>>* cubics) {
@@ -84,6 +95,8 @@ void write_part(const Samples<T, Weighted>& samples, int64_t begin, int64_t end,
   const int last_cell = static_cast<int>(cells - 1);
   for (int64_t first = begin; first < end; first += samples_per_block) {
     const int64_t length = first + samples_per_block < end ? samples_per_block : end - first;
+    // the processor's own fetching ahead ends with a page
+    if (first + fetch_ahead + samples_per_block <= end) fetch_block(samples, first + fetch_ahead);
     alignas(64) Real offset[samples_per_block];
     alignas(64) int index[samples_per_block];
     alignas(64) Cubic<Real> taken[samples_per_block];
