@@ -54,7 +54,7 @@ struct TiltArguments {
 // confidences, weights, value and sigma are double if `wide`, else float
 struct SmoothEceArguments {
   const void* confidence;  // (count)
-  const uint8_t* correct;  // (count) 0 or 1
+  const uint8_t* correct;  // (count) 0, or any other byte for 1
   const void* weights;     // (count) or null
   int64_t count;
   bool wide;
@@ -70,7 +70,7 @@ struct SmoothEceGradientArguments {
   const void* confidence;  // (count)
   int storage;             // StorageType
   bool wide;
-  const uint8_t* correct;  // (count) 0 or 1
+  const uint8_t* correct;  // (count) 0, or any other byte for 1
   const void* weights;     // (count) or null
   int64_t count;
   const double* curve;     // as smooth_ece left it for these samples

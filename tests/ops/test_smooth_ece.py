@@ -368,6 +368,16 @@ def test_outcomes_of_any_dtype(outcome, served):
     assert torch.equal(smooth_ece(f, y.to(outcome)).value, smooth_ece(f, y).value)
 
 
+@pytest.mark.parametrize("n", [40, 5000])
+def test_a_byte_that_is_no_bool_is_true(n, served):
+    """As PyTorch reads it; taken as a number, it would be an index far out of bounds."""
+    f = sample(n, dtype=torch.float32)[0].requires_grad_()
+    malformed = torch.full((n,), 255, dtype=torch.uint8).view(torch.bool)
+    values = [smooth_ece(f, y).value for y in (malformed, torch.ones(n, dtype=torch.bool))]
+    assert torch.equal(*values)
+    assert torch.equal(*(torch.autograd.grad(value, f)[0] for value in values))
+
+
 def test_strided_inputs(served):
     f, y = sample(40)
     w = torch.rand(40, dtype=torch.float64)

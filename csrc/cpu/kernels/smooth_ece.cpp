@@ -232,7 +232,9 @@ struct Samples {
     if constexpr (Weighted) return weights[i];
     return 1.0;
   }
-  double residual(int64_t i) const { return confidence[i] - static_cast<double>(correct[i]); }
+  // 0 or 1 whatever the byte is
+  int outcome(int64_t i) const { return correct[i] != 0; }
+  double residual(int64_t i) const { return confidence[i] - static_cast<double>(outcome(i)); }
   Samples from(int64_t first) const {
     return {confidence + first, correct + first, Weighted ? weights + first : nullptr, count - first};
   }
@@ -337,7 +339,7 @@ __attribute__((always_inline)) inline bool add_block(const Samples<Real, Weighte
     const Real offset = position - static_cast<Real>(b) - Real(0.5);
     const Real weight = Weighted ? samples.weights[j] : Real(1);
     // as a difference: where all four moments are products, GCC makes vectors of these and none across samples
-    const Real residual = weight * samples.confidence[j] - weight * static_cast<Real>(samples.correct[j]);
+    const Real residual = weight * samples.confidence[j] - weight * static_cast<Real>(samples.outcome(j));
     bin[j] = b;
     moments[j].take(residual, offset);
   }

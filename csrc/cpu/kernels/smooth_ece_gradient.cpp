@@ -34,6 +34,8 @@ struct Samples {
     if constexpr (Weighted) return weights[i];
     return 1;
   }
+  // 0 or 1 whatever the byte is
+  int outcome(int64_t i) const { return correct[i] != 0; }
 };
 
 // S and its slope at each sample's own confidence.
@@ -44,7 +46,7 @@ void write_each(const Samples<T, Weighted>& samples, const double* series, int64
   for (int64_t i = 0; i < count; ++i) place[i] = load_wide(samples.confidence[i]);
   evaluate<true>(series, terms, place, count, value, slope);
   for (int64_t i = 0; i < count; ++i) {
-    const double residual = place[i] - static_cast<double>(samples.correct[i]);
+    const double residual = place[i] - samples.outcome(i);
     const double g = factor * samples.weight(i) * (value[i] + residual * slope[i]);
     store_wide(samples.grad + i, static_cast<WideOf<T>>(g));
   }
@@ -106,7 +108,7 @@ void write_part(const Samples<T, Weighted>& samples, int64_t begin, int64_t end,
       const int whole = static_cast<int>(position), below = whole < last_cell ? whole : last_cell;
       const int cell = below > 0 ? below : 0;
       offset[j] = position - static_cast<Real>(cell);
-      index[j] = 2 * cell + samples.correct[first + j];
+      index[j] = 2 * cell + samples.outcome(first + j);
     }
     // one after the other, as a machine's own gathering takes twice as long
 #pragma GCC unroll 8
