@@ -17,17 +17,18 @@ struct LogitsArguments {
   int storage;  // StorageType
 };
 
-struct GuidanceArguments : LogitsArguments {
+struct LabelledArguments : LogitsArguments {
   const int64_t* labels;  // (batch)
   int64_t label_stride;
+};
+
+struct GuidanceArguments : LabelledArguments {
   GuidanceSettings<double> settings;
   void* grad;    // (batch, classes) of `storage`, contiguous; may be the logits themselves
   float* stats;  // (5, batch): score, log_prob, entropy, divergence, label_log_prob
 };
 
-struct TopLabelArguments : LogitsArguments {
-  const int64_t* labels;  // (batch)
-  int64_t label_stride;
+struct TopLabelArguments : LabelledArguments {
   float* confidence;  // (batch)
   int64_t* top;       // (batch)
   uint8_t* correct;   // (batch) 0 or 1

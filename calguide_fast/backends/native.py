@@ -67,11 +67,11 @@ class NativeKernels:
             logits.data_ptr(),
             row_stride,
             class_stride,
-            labels.data_ptr(),
-            labels.stride()[0],
             batch,
             classes,
             _STORAGE[dtype],
+            labels.data_ptr(),
+            labels.stride()[0],
             divergence,
             order,
             alpha,
@@ -100,8 +100,8 @@ class NativeKernels:
         top = labels.new_empty(batch)
         correct = labels.new_empty(batch, dtype=torch.bool)
         bad_row = self.native.top_label(
-            self.place(logits), logits.data_ptr(), row_stride, class_stride, labels.data_ptr(), labels.stride(0),
-            batch, classes, _STORAGE[logits.dtype], confidence.data_ptr(), top.data_ptr(), correct.data_ptr(),
+            self.place(logits), logits.data_ptr(), row_stride, class_stride, batch, classes, _STORAGE[logits.dtype],
+            labels.data_ptr(), labels.stride(0), confidence.data_ptr(), top.data_ptr(), correct.data_ptr(),
         )  # fmt: skip
         if bad_row >= 0:
             check_labels(labels, classes)
