@@ -125,8 +125,8 @@ class NativeKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value and bandwidth, and what the gradient needs (CURVE_LENGTH,) or (0,).
 
-        Confidences and weights are fp32 or float64, correct is bool. A sample that is not allowed, or weights that are
-        all 0, are a ValueError where the kernels tell of them, else all results are NaN.
+        Confidences and weights are fp32 or float64, correct is bool. A sample that is not allowed, or weights whose
+        sum is not, are a ValueError where the kernels tell of them, else all results are NaN.
         """
         confidence, correct = confidence.contiguous(), correct.contiguous()
         weights = None if weights is None else weights.contiguous()

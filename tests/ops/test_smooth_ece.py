@@ -495,6 +495,12 @@ def test_from_logits_gradcheck(classwise, served_quickly):
 
 
 HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
+# weights of sums that nothing can be divided by
+EXTREME = {
+    "zero": torch.zeros(3, dtype=torch.float64),
+    "subnormal": torch.full((3,), 1e-310, dtype=torch.float64),
+    "infinite": torch.full((3,), 1e308, dtype=torch.float64),
+}
 
 
 @pytest.mark.parametrize(
@@ -520,6 +526,12 @@ HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
         ((HALF, RIGHT > 0, None, torch.tensor([1.0, -1, 1])), ValueError, r"weights\[1\]=-1.0 must be finite and at"),
         ((HALF, RIGHT > 0, None, torch.tensor([1.0, 1, math.inf])), ValueError, r"weights\[2\]=inf must be finite"),
         ((HALF, RIGHT > 0, None, torch.zeros(3)), ValueError, r"weights are all 0 \(3 of them\)"),
+        (
+            (HALF.double(), RIGHT > 0, None, EXTREME["subnormal"]),
+            ValueError,
+            r"weights sum to 3e-310; the sum must lie",
+        ),
+        ((HALF.double(), RIGHT > 0, None, EXTREME["infinite"]), ValueError, r"weights sum to inf; the sum must lie in"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message, checked):
@@ -574,8 +586,15 @@ def test_where_values_are_not_looked_at_they_give_nan(spoilt, bandwidth, backend
     assert stats.isnan().all() and grad.shape == (3,) and grad.isnan().all()
 
 
-def test_weights_that_are_all_zero_give_nan_where_they_are_not_looked_at(monkeypatch):
+@pytest.mark.parametrize("weights", EXTREME)
+def test_weights_of_no_sum_give_nan_where_they_are_not_looked_at(weights, monkeypatch):
     monkeypatch.setattr(plain, "check_outcomes", lambda *arguments: None)
     for kernels in (emulated_backend(), reference):
-        stats, grad = value_and_gradient(kernels, HALF, RIGHT > 0, torch.zeros(3), 0.0)
+        stats, grad = value_and_gradient(kernels, HALF.double(), RIGHT > 0, EXTREME[weights], 0.0)
         assert stats.isnan().all() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-268, 1e268])
+def test_the_size_of_the_weights_does_not_matter(size, served):
+    f, y, w = tensors("weighted")
+    assert smooth_ece(f, y, weights=size * w).value.item() == pytest.approx(expected("weighted"), abs=1e-7)

@@ -471,7 +471,7 @@ bool measure(const SmoothEceArguments& arguments, int threads) {
     } else {
       take_binned(samples, bins, threads, sources);
     }
-    if (!sources.allowed || !(sources.total > 0.0)) return false;
+    if (!sources.allowed || !is_total_allowed(sources.total)) return false;
     Residuals residuals(sources.place, sources.weight, sources.count, sources.total);
     if (arguments.bandwidth == 0.0 && sigma == 0.0) sigma = first_bandwidth;
     const Integral at = arguments.bandwidth == 0.0 ? residuals.fixpoint(sigma) : residuals.integral(sigma);
