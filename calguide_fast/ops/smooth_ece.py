@@ -116,7 +116,9 @@ def smooth_ece_from_logits(
         p = p.masked_fill(((labels < 0) | (labels >= logits.shape[1]))[:, None], torch.nan)
     elif is_direct(labels):
         checks.check_labels(labels, logits.shape[1])
-    each = [smooth_ece(p_c, labels == c, bandwidth, weights) for c, p_c in enumerate(p.unbind(1))]
+    # once for all classes, which would each gather their own from as many places in memory as there are samples
+    columns = p.t().contiguous()
+    each = [smooth_ece(p_c, labels == c, bandwidth, weights) for c, p_c in enumerate(columns)]
     return SmoothECE(
         torch.stack([found.value for found in each]).mean(), torch.stack([found.bandwidth for found in each]).mean()
     )

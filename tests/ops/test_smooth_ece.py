@@ -262,6 +262,18 @@ def test_binned_samples_keep_their_places(n, power, dtype):
         assert_near(found.value, wide.value, 1e-8)
 
 
+def test_a_small_fixpoint_of_many_samples():
+    """As one class of many has it: the search asks for more bins on its way, and the series are long."""
+    f = torch.rand(50_000, dtype=torch.float64) ** 40
+    y = torch.rand(50_000) < 0.9 * f
+    stats, grad = value_and_gradient(cpu, f, y, None, 0.0)
+    expected_stats, expected_grad = value_and_gradient(reference, f, y, None, 0.0)
+    assert 0.001 < expected_stats[0] < 0.0058
+    assert_near(stats, expected_stats, 1e-9)
+    size = expected_grad.abs().max()
+    assert_near(grad / size, expected_grad / size, 5e-5)
+
+
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
 @pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
 def test_gradient_is_that_of_finite_differences(name, bandwidth, served_quickly):
