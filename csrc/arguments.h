@@ -17,17 +17,18 @@ struct LogitsArguments {
   int storage;  // StorageType
 };
 
-struct GuidanceArguments : LogitsArguments {
+struct LabelledArguments : LogitsArguments {
   const int64_t* labels;  // (batch)
   int64_t label_stride;
+};
+
+struct GuidanceArguments : LabelledArguments {
   GuidanceSettings<double> settings;
   void* grad;    // (batch, classes) of `storage`, contiguous; may be the logits themselves
   float* stats;  // (5, batch): score, log_prob, entropy, divergence, label_log_prob
 };
 
-struct TopLabelArguments : LogitsArguments {
-  const int64_t* labels;  // (batch)
-  int64_t label_stride;
+struct TopLabelArguments : LabelledArguments {
   float* confidence;  // (batch)
   int64_t* top;       // (batch)
   uint8_t* correct;   // (batch) 0 or 1
@@ -54,7 +55,7 @@ struct TiltArguments {
 // confidences, weights, value and sigma are double if `wide`, else float
 struct SmoothEceArguments {
   const void* confidence;  // (count)
-  const uint8_t* correct;  // (count) 0 or 1
+  const uint8_t* correct;  // (count) 0, or any other byte for 1
   const void* weights;     // (count) or null
   int64_t count;
   bool wide;
@@ -70,7 +71,7 @@ struct SmoothEceGradientArguments {
   const void* confidence;  // (count)
   int storage;             // StorageType
   bool wide;
-  const uint8_t* correct;  // (count) 0 or 1
+  const uint8_t* correct;  // (count) 0, or any other byte for 1
   const void* weights;     // (count) or null
   int64_t count;
   const double* curve;     // as smooth_ece left it for these samples

@@ -123,16 +123,24 @@ inline StepArguments read_predict_x0(PositionalArguments& in) {
   return a;
 }
 
+inline void read_logits(PositionalArguments& in, LogitsArguments& a) {
+  a.logits = in.pointer<const void>();
+  a.row_stride = in.integer(), a.class_stride = in.integer();
+  a.batch = in.integer(), a.classes = in.integer();
+  a.storage = static_cast<int>(in.integer());
+}
+
+inline void read_labelled(PositionalArguments& in, LabelledArguments& a) {
+  read_logits(in, a);
+  a.labels = in.pointer<const int64_t>();
+  a.label_stride = in.integer();
+}
+
 constexpr int top_label_arguments = 11, top_label_backward_arguments = 11;
 
 inline TopLabelArguments read_top_label(PositionalArguments& in) {
   TopLabelArguments a;
-  a.logits = in.pointer<const void>();
-  a.row_stride = in.integer(), a.class_stride = in.integer();
-  a.labels = in.pointer<const int64_t>();
-  a.label_stride = in.integer();
-  a.batch = in.integer(), a.classes = in.integer();
-  a.storage = static_cast<int>(in.integer());
+  read_labelled(in, a);
   a.confidence = in.pointer<float>();
   a.top = in.pointer<int64_t>();
   a.correct = in.pointer<uint8_t>();
@@ -143,10 +151,7 @@ inline TopLabelBackwardArguments read_top_label_backward(PositionalArguments& in
   TopLabelBackwardArguments a;
   a.grad_confidence = in.pointer<const float>();
   a.grad_stride = in.integer();
-  a.logits = in.pointer<const void>();
-  a.row_stride = in.integer(), a.class_stride = in.integer();
-  a.batch = in.integer(), a.classes = in.integer();
-  a.storage = static_cast<int>(in.integer());
+  read_logits(in, a);
   a.confidence = in.pointer<const float>();
   a.top = in.pointer<const int64_t>();
   a.grad = in.pointer<void>();
@@ -171,15 +176,39 @@ inline GuidanceSettings<double> read_guidance_settings(PositionalArguments& in) 
 
 inline GuidanceArguments read_guidance(PositionalArguments& in) {
   GuidanceArguments a;
-  a.logits = in.pointer<const void>();
-  a.row_stride = in.integer(), a.class_stride = in.integer();
-  a.labels = in.pointer<const int64_t>();
-  a.label_stride = in.integer();
-  a.batch = in.integer(), a.classes = in.integer();
-  a.storage = static_cast<int>(in.integer());
+  read_labelled(in, a);
   a.settings = read_guidance_settings(in);
   a.grad = in.pointer<void>();
   a.stats = in.pointer<float>();
+  return a;
+}
+
+constexpr int smooth_ece_arguments = 10, smooth_ece_gradient_arguments = 9;
+
+inline SmoothEceArguments read_smooth_ece(PositionalArguments& in) {
+  SmoothEceArguments a;
+  a.confidence = in.pointer<const void>();
+  a.correct = in.pointer<const uint8_t>();
+  a.weights = in.pointer<const void>();
+  a.count = in.integer();
+  a.wide = in.flag();
+  a.bandwidth = in.real();
+  a.value = in.pointer<void>(), a.sigma = in.pointer<void>();
+  a.curve = in.pointer<double>();
+  a.curve_length = in.integer();
+  return a;
+}
+
+inline SmoothEceGradientArguments read_smooth_ece_gradient(PositionalArguments& in) {
+  SmoothEceGradientArguments a;
+  a.confidence = in.pointer<const void>();
+  a.storage = static_cast<int>(in.integer()), a.wide = in.flag();
+  a.correct = in.pointer<const uint8_t>();
+  a.weights = in.pointer<const void>();
+  a.count = in.integer();
+  a.curve = in.pointer<const double>();
+  a.value_grad = in.pointer<const void>();
+  a.grad = in.pointer<void>();
   return a;
 }
 

@@ -20,6 +20,14 @@ constexpr double points_per_sigma = 8.0, cells_per_sigma = 24.0;
 constexpr double bins_per_sigma = 32.0, bins_per_fixpoint = 12.0;
 // a value below this share of the largest is rounding, which has no sign
 constexpr double rounding_share = 1e-12;
+// between these the total weight and its inverse may be multiplied by what they are, with no overflow or underflow
+constexpr double least_total = 1e-270, most_total = 1e270;
+// the search for the fixpoint ends where value and bandwidth are so close, or after so many steps; a step goes down to
+// no less than this share of the bandwidth
+constexpr double found_within = 1e-12, least_step_share = 0.25;
+constexpr int most_steps = 100;
+
+CALGUIDE_INLINE bool is_total_allowed(double total) { return total >= least_total && total <= most_total; }
 
 // terms of the series: an odd number, as Clenshaw's recurrence takes them in pairs
 CALGUIDE_INLINE int64_t series_terms(double sigma) {
@@ -57,7 +65,7 @@ CALGUIDE_INLINE FixpointSearch begin_search() { return {least_bandwidth, 1.0, 0}
 
 CALGUIDE_INLINE bool is_found(const FixpointSearch& search, double sigma, double value) {
   const bool at_least = sigma == least_bandwidth && value < sigma;
-  return fabs(value - sigma) < 1e-12 || at_least || search.step == 100;
+  return fabs(value - sigma) < found_within || at_least || search.step == most_steps;
 }
 
 // the sigma to look at after this one
@@ -68,7 +76,7 @@ CALGUIDE_INLINE double next_bandwidth(FixpointSearch* search, double sigma, doub
   search->high = above < search->high ? above : search->high;
   const double newton = sigma + (value - sigma) / (1.0 - slope);
   // small bandwidths are dear, and Newton's first step overshoots to them
-  double next = newton > 0.25 * sigma ? newton : 0.25 * sigma;
+  double next = newton > least_step_share * sigma ? newton : least_step_share * sigma;
   if (next < search->low) next = search->low == least_bandwidth ? search->low : 0.5 * (search->low + search->high);
   if (next > search->high) next = 0.5 * (search->low + search->high);
   return next;

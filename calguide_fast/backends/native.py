@@ -67,11 +67,11 @@ class NativeKernels:
             logits.data_ptr(),
             row_stride,
             class_stride,
-            labels.data_ptr(),
-            labels.stride()[0],
             batch,
             classes,
             _STORAGE[dtype],
+            labels.data_ptr(),
+            labels.stride()[0],
             divergence,
             order,
             alpha,
@@ -100,8 +100,8 @@ class NativeKernels:
         top = labels.new_empty(batch)
         correct = labels.new_empty(batch, dtype=torch.bool)
         bad_row = self.native.top_label(
-            self.place(logits), logits.data_ptr(), row_stride, class_stride, labels.data_ptr(), labels.stride(0),
-            batch, classes, _STORAGE[logits.dtype], confidence.data_ptr(), top.data_ptr(), correct.data_ptr(),
+            self.place(logits), logits.data_ptr(), row_stride, class_stride, batch, classes, _STORAGE[logits.dtype],
+            labels.data_ptr(), labels.stride(0), confidence.data_ptr(), top.data_ptr(), correct.data_ptr(),
         )  # fmt: skip
         if bad_row >= 0:
             check_labels(labels, classes)
@@ -125,8 +125,8 @@ class NativeKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value and bandwidth, and what the gradient needs (CURVE_LENGTH,) or (0,).
 
-        Confidences and weights are fp32 or float64, correct is bool. A sample that is not allowed, or weights that are
-        all 0, are a ValueError where the kernels tell of them, else all results are NaN.
+        Confidences and weights are fp32 or float64, correct is bool. A sample that is not allowed, or weights whose
+        sum is not, are a ValueError where the kernels tell of them, else all results are NaN.
         """
         confidence, correct = confidence.contiguous(), correct.contiguous()
         weights = None if weights is None else weights.contiguous()

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from calguide_fast.backends.outcomes import check_outcomes
+from calguide_fast.backends.outcomes import LEAST_TOTAL, MOST_TOTAL, check_outcomes
 
 # the bandwidth does not go below
 LEAST_BANDWIDTH = 1e-3
@@ -54,7 +54,8 @@ def smooth_ece(
     w = torch.ones_like(f) if weights is None else weights.double()
     # where it is not checked above, what is not allowed shows as NaN
     allowed = (f >= 0) & (f <= 1) & (w >= 0)
-    total = w.sum().where(allowed.all(), torch.nan)
+    total = w.sum()
+    total = total.where(allowed.all() & (total >= LEAST_TOTAL) & (total <= MOST_TOTAL), torch.nan)
     curve = f.new_zeros(CURVE_LENGTH if with_curve else 0)
     if not bool((w / total).isfinite().all()):
         return confidence.new_full((), math.nan), confidence.new_full((), math.nan), curve.fill_(math.nan)

@@ -55,7 +55,7 @@ def smooth_ece(
         confidence: (n,) in [0, 1], float32, bfloat16, float16 or float64; computed in float64 whatever the dtype.
         correct: (n,) outcomes, bool, or 0 and 1 of any integer or floating dtype.
         bandwidth: σ ≥ 0.001 to measure with, in units of confidence; None for the fixpoint.
-        weights: (n,) non-negative weights of the samples; None for equal ones.
+        weights: (n,) non-negative weights of the samples, of a sum between 1e-270 and 1e270; None for equal ones.
 
     Returns:
         ``SmoothECE(value, bandwidth)``, scalars in float32 (float64 for float64). The bandwidth is never below 0.001:
@@ -64,8 +64,8 @@ def smooth_ece(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or setting. On the CPU also a confidence outside [0, 1] or
-            NaN, an outcome that is neither 0 nor 1, weights that are negative, not finite or all zero; on a GPU,
-            which is not waited for, these make value, bandwidth and gradient NaN.
+            NaN, an outcome that is neither 0 nor 1, weights that are negative, not finite, all zero or of an extreme
+            sum; on a GPU, which is not waited for, these make value, bandwidth and gradient NaN.
 
     Source: Błasiok and Nakkiran, *Smooth ECE: Principled Reliability Diagrams via Kernel Smoothing*, ICLR 2024,
     arXiv 2309.12236. A mass of confidences at exactly 0 or 1 counts in full.
@@ -116,7 +116,9 @@ def smooth_ece_from_logits(
         p = p.masked_fill(((labels < 0) | (labels >= logits.shape[1]))[:, None], torch.nan)
     elif is_direct(labels):
         checks.check_labels(labels, logits.shape[1])
-    each = [smooth_ece(p_c, labels == c, bandwidth, weights) for c, p_c in enumerate(p.unbind(1))]
+    # once for all classes, which would each gather their own from as many places in memory as there are samples
+    columns = p.t().contiguous()
+    each = [smooth_ece(p_c, labels == c, bandwidth, weights) for c, p_c in enumerate(columns)]
     return SmoothECE(
         torch.stack([found.value for found in each]).mean(), torch.stack([found.bandwidth for found in each]).mean()
     )

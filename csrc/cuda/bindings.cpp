@@ -82,39 +82,28 @@ PyObject* predict_x0(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return launch_with("predict_x0", items, count, predict_x0_arguments, read_predict_x0, launch_predict_x0);
 }
 
-void smooth_ece(const py::tuple& pair, uintptr_t confidence, uintptr_t correct, uintptr_t weights, int64_t count,
-                bool wide, double bandwidth, uintptr_t value, uintptr_t sigma, uintptr_t curve, int64_t curve_length,
-                uintptr_t scratch) {
-  const SmoothEceArguments arguments = {reinterpret_cast<const void*>(confidence),
-                                        reinterpret_cast<const uint8_t*>(correct),
-                                        reinterpret_cast<const void*>(weights),
-                                        count,
-                                        wide,
-                                        bandwidth,
-                                        reinterpret_cast<void*>(value),
-                                        reinterpret_cast<void*>(sigma),
-                                        reinterpret_cast<double*>(curve),
-                                        curve_length};
-  launch_at(pair.ptr(), [&](const Place& place) {
-    launch_smooth_ece(arguments, reinterpret_cast<SmoothEceScratch*>(scratch), place);
-  });
+// Arguments, and the memory that the launches leave each other what they find in.
+template <class Arguments, class Scratch>
+struct WithScratch {
+  Arguments arguments;
+  Scratch* scratch;
+};
+
+PyObject* smooth_ece(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  using All = WithScratch<SmoothEceArguments, SmoothEceScratch>;
+  return launch_with(
+      "smooth_ece", items, count, smooth_ece_arguments + 1,
+      // braces, as they are read in this order
+      [](PositionalArguments& in) { return All{read_smooth_ece(in), in.pointer<SmoothEceScratch>()}; },
+      [](const All& all, const Place& place) { launch_smooth_ece(all.arguments, all.scratch, place); });
 }
 
-void smooth_ece_gradient(const py::tuple& pair, uintptr_t confidence, int storage, bool wide, uintptr_t correct,
-                         uintptr_t weights, int64_t count, uintptr_t curve, uintptr_t value_grad, uintptr_t grad,
-                         uintptr_t scratch) {
-  const SmoothEceGradientArguments arguments = {reinterpret_cast<const void*>(confidence),
-                                                storage,
-                                                wide,
-                                                reinterpret_cast<const uint8_t*>(correct),
-                                                reinterpret_cast<const void*>(weights),
-                                                count,
-                                                reinterpret_cast<const double*>(curve),
-                                                reinterpret_cast<const void*>(value_grad),
-                                                reinterpret_cast<void*>(grad)};
-  launch_at(pair.ptr(), [&](const Place& place) {
-    launch_smooth_ece_gradient(arguments, reinterpret_cast<SmoothEceGradientScratch*>(scratch), place);
-  });
+PyObject* smooth_ece_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  using All = WithScratch<SmoothEceGradientArguments, SmoothEceGradientScratch>;
+  return launch_with(
+      "smooth_ece_gradient", items, count, smooth_ece_gradient_arguments + 1,
+      [](PositionalArguments& in) { return All{read_smooth_ece_gradient(in), in.pointer<SmoothEceGradientScratch>()}; },
+      [](const All& all, const Place& place) { launch_smooth_ece_gradient(all.arguments, all.scratch, place); });
 }
 
 int version(cudaError_t (*query)(int*)) {
@@ -181,12 +170,12 @@ PYBIND11_MODULE(_cuda, module) {
                                   positional("top_label_backward", &top_label_backward),
                                   positional("guided_step", &guided_step),
                                   positional("predict_x0", &predict_x0),
+                                  positional("smooth_ece", &smooth_ece),
+                                  positional("smooth_ece_gradient", &smooth_ece_gradient),
                                   {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("tilt_weights", &tilt_weights);
   module.def("philox_normal", &philox_normal);
-  module.def("smooth_ece", &smooth_ece);
-  module.def("smooth_ece_gradient", &smooth_ece_gradient);
   // doubles that every call of these needs to itself
   module.attr("smooth_ece_scratch") = sizeof(SmoothEceScratch) / sizeof(double);
   module.attr("smooth_ece_gradient_scratch") = sizeof(SmoothEceGradientScratch) / sizeof(double);

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(DepositBlock::size)
   const double total = total_weight(a, scratch, parts, group);
   if (group.rank() == 0 && blockIdx.x == 0) scratch->total = total;
   // the whole block leaves, and the search sees why
-  if (!(total > 0.0 && total < INFINITY)) return;
+  if (!is_total_allowed(total)) return;
   const double inverse = 1.0 / total;
   const Table table{scratch->nodes};
   table.clear();

@@ -2,6 +2,7 @@
 // between.
 #pragma once
 
+#include "cuda/smooth_ece_samples.h"
 #include "cuda/smooth_ece_search.h"
 #include "storage.h"
 
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(gradient_threads)
     const double d = position - cell;
     const double value = ((cubic[3] * d + cubic[2]) * d + cubic[1]) * d + cubic[0];
     const double slope = cells * ((3.0 * cubic[3] * d + 2.0 * cubic[2]) * d + cubic[1]);
-    const double g = factor * (value + (f - static_cast<double>(a.correct[i])) * slope);
+    const double g = factor * (value + (f - outcome_at(a.correct, i)) * slope);
     store_wide(grad + i, static_cast<Real>(weights == nullptr ? g : g * weights[i]));
   }
 }

@@ -15,9 +15,12 @@ CALGUIDE_DEVICE double confidence_at(const SmoothEceArguments& a, int64_t i) {
   return static_cast<const Real*>(a.confidence)[i];
 }
 
+// 0 or 1 whatever the byte is
+CALGUIDE_DEVICE double outcome_at(const uint8_t* correct, int64_t i) { return correct[i] != 0 ? 1.0 : 0.0; }
+
 template <class Real>
 CALGUIDE_DEVICE double residual_at(const SmoothEceArguments& a, int64_t i) {
-  return confidence_at<Real>(a, i) - static_cast<double>(a.correct[i]);
+  return confidence_at<Real>(a, i) - outcome_at(a.correct, i);
 }
 
 }  // namespace calguide

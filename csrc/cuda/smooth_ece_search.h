@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(SearchBlock::size, 1)
   const SearchBlock group = {sums};
   const double bandwidth = a.bandwidth, total = scratch->total;
   double* const curve = a.curve;
-  const bool allowed = scratch->spoilt == 0 && total > 0.0 && total < INFINITY;
+  const bool allowed = scratch->spoilt == 0 && is_total_allowed(total);
   double sigma = NAN, slope = 0.0, value = NAN;
   if (allowed) {
     Residuals residuals = {group, scratch, series, 0};

@@ -262,6 +262,18 @@ def test_binned_samples_keep_their_places(n, power, dtype):
         assert_near(found.value, wide.value, 1e-8)
 
 
+def test_a_small_fixpoint_of_many_samples():
+    """As one class of many has it: the search asks for more bins on its way, and the series are long."""
+    f = torch.rand(50_000, dtype=torch.float64) ** 40
+    y = torch.rand(50_000) < 0.9 * f
+    stats, grad = value_and_gradient(cpu, f, y, None, 0.0)
+    expected_stats, expected_grad = value_and_gradient(reference, f, y, None, 0.0)
+    assert 0.001 < expected_stats[0] < 0.0058
+    assert_near(stats, expected_stats, 1e-9)
+    size = expected_grad.abs().max()
+    assert_near(grad / size, expected_grad / size, 5e-5)
+
+
 @pytest.mark.parametrize("bandwidth", [None, 0.05])
 @pytest.mark.parametrize("name", ["smooth", "calibrated", "weighted", "one signed", "two", "half at 1"])
 def test_gradient_is_that_of_finite_differences(name, bandwidth, served_quickly):
@@ -368,6 +380,16 @@ def test_outcomes_of_any_dtype(outcome, served):
     assert torch.equal(smooth_ece(f, y.to(outcome)).value, smooth_ece(f, y).value)
 
 
+@pytest.mark.parametrize("n", [40, 5000])
+def test_a_byte_that_is_no_bool_is_true(n, served):
+    """As PyTorch reads it; taken as a number, it would be an index far out of bounds."""
+    f = sample(n, dtype=torch.float32)[0].requires_grad_()
+    malformed = torch.full((n,), 255, dtype=torch.uint8).view(torch.bool)
+    values = [smooth_ece(f, y).value for y in (malformed, torch.ones(n, dtype=torch.bool))]
+    assert torch.equal(*values)
+    assert torch.equal(*(torch.autograd.grad(value, f)[0] for value in values))
+
+
 def test_strided_inputs(served):
     f, y = sample(40)
     w = torch.rand(40, dtype=torch.float64)
@@ -432,8 +454,9 @@ def test_bandwidth_has_a_floor(served):
     assert_near(torch.autograd.grad(found.value, leaf)[0], torch.full((50,), 0.02, dtype=torch.float64), 1e-9)
 
 
-def test_result_does_not_depend_on_threads(two_threads):
-    f, y = sample(600_001, 1.1, torch.float32)
+@pytest.mark.parametrize("n", [140_000, 600_001])
+def test_result_does_not_depend_on_threads(n, two_threads):
+    f, y = sample(n, 1.1, torch.float32)
     w = torch.rand(len(f))
     results = []
     for threads in (1, 2):
@@ -484,6 +507,12 @@ def test_from_logits_gradcheck(classwise, served_quickly):
 
 
 HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
+# weights of sums that nothing can be divided by
+EXTREME = {
+    "zero": torch.zeros(3, dtype=torch.float64),
+    "subnormal": torch.full((3,), 1e-310, dtype=torch.float64),
+    "infinite": torch.full((3,), 1e308, dtype=torch.float64),
+}
 
 
 @pytest.mark.parametrize(
@@ -509,6 +538,12 @@ HALF, RIGHT = torch.full((3,), 0.5), torch.tensor([0, 1, 1])
         ((HALF, RIGHT > 0, None, torch.tensor([1.0, -1, 1])), ValueError, r"weights\[1\]=-1.0 must be finite and at"),
         ((HALF, RIGHT > 0, None, torch.tensor([1.0, 1, math.inf])), ValueError, r"weights\[2\]=inf must be finite"),
         ((HALF, RIGHT > 0, None, torch.zeros(3)), ValueError, r"weights are all 0 \(3 of them\)"),
+        (
+            (HALF.double(), RIGHT > 0, None, EXTREME["subnormal"]),
+            ValueError,
+            r"weights sum to 3e-310; the sum must lie",
+        ),
+        ((HALF.double(), RIGHT > 0, None, EXTREME["infinite"]), ValueError, r"weights sum to inf; the sum must lie in"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message, checked):
@@ -563,8 +598,15 @@ def test_where_values_are_not_looked_at_they_give_nan(spoilt, bandwidth, backend
     assert stats.isnan().all() and grad.shape == (3,) and grad.isnan().all()
 
 
-def test_weights_that_are_all_zero_give_nan_where_they_are_not_looked_at(monkeypatch):
+@pytest.mark.parametrize("weights", EXTREME)
+def test_weights_of_no_sum_give_nan_where_they_are_not_looked_at(weights, monkeypatch):
     monkeypatch.setattr(plain, "check_outcomes", lambda *arguments: None)
     for kernels in (emulated_backend(), reference):
-        stats, grad = value_and_gradient(kernels, HALF, RIGHT > 0, torch.zeros(3), 0.0)
+        stats, grad = value_and_gradient(kernels, HALF.double(), RIGHT > 0, EXTREME[weights], 0.0)
         assert stats.isnan().all() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-268, 1e268])
+def test_the_size_of_the_weights_does_not_matter(size, served):
+    f, y, w = tensors("weighted")
+    assert smooth_ece(f, y, weights=size * w).value.item() == pytest.approx(expected("weighted"), abs=1e-7)

@@ -287,6 +287,8 @@ def test_residuals_that_cancel_do_so_exactly(backend):
         (0.5, [math.nan, 1.0]),
         (0.5, [-1.0, 2.0]),
         (0.5, [0.0, 0.0]),
+        (0.5, [1e-310, 1e-310]),
+        (0.5, [1e290, 1e290]),
     ],
 )
 def test_smooth_ece_of_what_is_not_allowed_is_nan(confidence, weights, backend):

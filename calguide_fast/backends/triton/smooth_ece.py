@@ -122,7 +122,7 @@ def _deposit_kernel(
     for tile in range(0, tiles):
         i = (tl.program_id(0) * tiles + tile) * SAMPLES + tl.arange(0, SAMPLES)[None, :]
         f = tl.load(confidence + i, mask=i < count, other=0.0).to(tl.float64)
-        amount = f - tl.load(correct + i, mask=i < count, other=0).to(tl.float64)
+        amount = f - (tl.load(correct + i, mask=i < count, other=0) != 0).to(tl.float64)
         if weights is not None:
             amount *= tl.load(weights + i, mask=i < count, other=0.0).to(tl.float64)
         allowed = (f >= 0.0) & (f <= 1.0)

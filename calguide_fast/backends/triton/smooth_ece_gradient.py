@@ -67,7 +67,7 @@ def _gradient_kernel(
     factor = tl.load(curve + 1) * tl.load(value_grad).to(tl.float64)
     i = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     f = _widened(tl.load(confidence + i, mask=i < count, other=0.0))
-    residual = f - tl.load(correct + i, mask=i < count, other=0).to(tl.float64)
+    residual = f - (tl.load(correct + i, mask=i < count, other=0) != 0).to(tl.float64)
     # where f is not allowed the factor is NaN
     position = tl.where((f >= 0.0) & (f <= 1.0), f, 0.0) * cells.to(tl.float64)
     cell = tl.minimum(position.to(tl.int32), cells - 1)

@@ -10,18 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from calguide_fast.backends import outcomes
 from calguide_fast.backends.smooth_ece import CURVE_LENGTH, LEAST_BANDWIDTH
 from calguide_fast.backends.triton.cosine_series import LANES, PI, TERMS, cosine_sums, wave
 from calguide_fast.backends.triton.launch import as_double
 
 FLOOR = tl.constexpr(LEAST_BANDWIDTH)
+LEAST_TOTAL, MOST_TOTAL = tl.constexpr(outcomes.LEAST_TOTAL), tl.constexpr(outcomes.MOST_TOTAL)
 # the cosine series ends at k = CUTOFF / sigma; R is looked at on POINTS places per sigma; as `csrc/smooth_ece_math.h`
 CUTOFF = tl.constexpr(2.5)
 POINTS = tl.constexpr(8)
 ROUNDING = tl.constexpr(1e-12)
 # where the search begins
 FIRST_BANDWIDTH = tl.constexpr(0.1)
+# where it ends, and how low a step goes
+CLOSE = tl.constexpr(1e-12)
 EVALUATIONS = tl.constexpr(100)
+STEP_SHARE = tl.constexpr(0.25)
 
 # the longest series, and the largest numbers of intervals and of places with a value of R: a grid's and its dips'
 MOST_TERMS = tl.constexpr(triton.cdiv(int(CUTOFF.value / LEAST_BANDWIDTH) + 2, TERMS.value) * TERMS.value)
@@ -70,8 +75,9 @@ def least_bandwidth(bandwidth, mean):
 @triton.jit
 def all_allowed(spoilt, numbers):
     """Whether no sample is spoilt and the weights have a total."""
-    total = tl.load(numbers)
-    return (tl.load(spoilt) == 0) & (total > 0.0) & (total < float("inf"))
+    # a bare constant would be float32 next to another
+    total, least, most = tl.load(numbers), tl.full([], LEAST_TOTAL, tl.float64), tl.full([], MOST_TOTAL, tl.float64)
+    return (tl.load(spoilt) == 0) & (total >= least) & (total <= most)
 
 
 @triton.jit
@@ -246,13 +252,13 @@ def search_kernel(
         value, slope = _integrate(scratch, sigma, terms, samples, roots, PLACES)
         at_least = (sigma == floor) & (value < sigma)
         # residuals that cancel do so at any bandwidth
-        found = (value == 0.0) | (tl.abs(value - sigma) < 1e-12) | at_least | (bandwidth > 0.0)
+        found = (value == 0.0) | (tl.abs(value - sigma) < CLOSE) | at_least | (bandwidth > 0.0)
         step = tl.where(found, EVALUATIONS, step + 1)
         if step < EVALUATIONS:
             low = tl.maximum(low, tl.minimum(value, sigma))
             high = tl.minimum(high, tl.maximum(value, sigma))
             # small bandwidths are dear, and Newton's first step overshoots to them
-            newton = tl.maximum(sigma + (value - sigma) / (1.0 - slope), 0.25 * sigma)
+            newton = tl.maximum(sigma + (value - sigma) / (1.0 - slope), STEP_SHARE * sigma)
             middle = 0.5 * (low + high)
             sigma = tl.where(newton < low, tl.where(low == floor, low, middle), tl.where(newton > high, middle, newton))
 

@@ -7,6 +7,7 @@
 
 #include "cpu/kernels/buffer.h"
 #include "cpu/kernels/cosine_series.h"
+#include "cpu/kernels/even_grid.h"
 #include "smooth_ece_math.h"
 
 namespace calguide {
@@ -16,10 +17,12 @@ namespace {
 // up to so many samples each has moments of its own, beyond they share bins
 constexpr int64_t exact_samples = 4096;
 constexpr int64_t least_bins = 2048;
-// a part of the samples fills bins of its own; how many parts there are follows from the samples alone
-constexpr int64_t samples_per_part = 1 << 18, most_parts = 16;
+// A part of at least so many samples fills bins of its own. To clear and share out a bin costs as much as four samples.
+constexpr int64_t samples_per_part = 1 << 16, samples_per_bin = 16, most_parts = 16;
 constexpr int64_t samples_per_block = 64, fetch_ahead = 4 * samples_per_block;
 constexpr int64_t tables_per_part = 2;
+// from so many terms on a series is summed on its grid in two stages, whose first has so many columns
+constexpr int64_t many_terms = 128, grid_columns = 32;
 
 // Sums over weighted places t of cos(pi k t), or of sin(pi k t), for k = 0, 1, 2, ... by Chebyshev's recurrence.
 class WaveSums {
@@ -50,8 +53,8 @@ class WaveSums {
   }
 
  private:
-  // four terms of the recurrence for each pass over the places
-  void add(int64_t first, int64_t length, double* sums) {
+  // Four terms of the recurrence for each pass over the places. Within a longer function GCC runs out of registers.
+  __attribute__((noinline)) void add(int64_t first, int64_t length, double* sums) {
     const double *weight = weight_ + first, *twice_cos = twice_cos_ + first;
     double *previous = previous_ + first, *current = current_ + first;
     double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -81,7 +84,7 @@ class WaveSums {
 class SignChanges {
  public:
   SignChanges(const double* series, int64_t terms, double sigma)
-      : intervals_(sign_intervals(sigma)), place_(2 * intervals_), rise_(2 * intervals_) {
+      : intervals_(intervals(sigma, terms)), place_(2 * intervals_), rise_(2 * intervals_) {
     Buffer sample(2 * intervals_), value(2 * intervals_), low(2 * intervals_), high(2 * intervals_);
     const int64_t samples = look(series, terms, sample, value);
     bracket(sample, value, samples, low, high);
@@ -96,13 +99,22 @@ class SignChanges {
   double last_sign() const { return last_sign_; }
 
  private:
+  static int64_t intervals(double sigma, int64_t terms) {
+    const int64_t least = sign_intervals(sigma);
+    return terms < many_terms ? least : (least + grid_columns - 1) / grid_columns * grid_columns;
+  }
+
   // Values on a grid and, where a parabola through three of them dips through 0 unseen, at its vertex.
   int64_t look(const double* series, int64_t terms, double* sample, double* value) const {
     const int64_t n = intervals_;
     const double step = 1.0 / static_cast<double>(n);
     Buffer grid(n + 1), on_grid(n + 1), vertex(n), at_vertex(n);
     for (int64_t g = 0; g <= n; ++g) grid[g] = static_cast<double>(g) * step;
-    evaluate<false>(series, terms, grid, n + 1, on_grid, nullptr);
+    if (terms < many_terms) {
+      evaluate<false>(series, terms, grid, n + 1, on_grid, nullptr);
+    } else {
+      EvenCosineSums(series, terms, n, grid_columns).extend(n + 1, on_grid);
+    }
     int64_t vertices = 0;
     for (int64_t g = 1; g < n; ++g) {
       double from_middle;
@@ -172,15 +184,16 @@ void damp(double sigma, const double* moments, int64_t terms, double scale, doub
   series[0] = scale * moments[0];
 }
 
-// The residuals of all samples, as weights at places.
+// The residuals of all samples, by the sums of cosine waves over them.
+template <class Cosines>
 class Residuals {
  public:
-  Residuals(const double* place, const double* weight, int64_t count, double total)
-      : waves_(WaveSums::cosine, place, weight, count), scale_(1.0 / total), moments_(most_terms), sine_(most_terms) {}
+  Residuals(Cosines& cosines, double total)
+      : cosines_(cosines), scale_(1.0 / total), moments_(most_terms), sine_(most_terms) {}
 
   Integral integral(double sigma) {
     const int64_t terms = series_terms(sigma);
-    waves_.extend(terms, moments_);
+    cosines_.extend(terms, moments_);
     Buffer series(terms);
     damp(sigma, moments_, terms, scale_, series);
     const SignChanges changes(series, terms, sigma);
@@ -197,8 +210,9 @@ class Residuals {
     return result;
   }
 
-  // The sigma whose integral it is, or the least bandwidth where that is less; the search begins at sigma.
-  Integral fixpoint(double& sigma) {
+  // The sigma whose integral it is, or the least bandwidth where that is less. The search begins at sigma, and leaves
+  // off near a fixpoint for which there are too few bins.
+  Integral fixpoint(double& sigma, double bins) {
     for (FixpointSearch search = begin_search();;) {
       const Integral at = integral(sigma);
       if (at.value == 0.0) {
@@ -208,7 +222,10 @@ class Residuals {
         return {0.0, 0.0};
       }
       if (is_found(search, sigma, at.value)) return at;
-      sigma = next_bandwidth(&search, sigma, at.value, at.slope);
+      const double next = next_bandwidth(&search, sigma, at.value, at.slope);
+      const bool near = next > 0.5 * sigma && next < 2.0 * sigma;
+      sigma = next;
+      if (near && bins < bins_per_fixpoint / sigma) return at;
     }
   }
 
@@ -216,7 +233,7 @@ class Residuals {
   void sign_series(double sigma, double* series) const { damp(sigma, sine_, series_terms(sigma), 1.0, series); }
 
  private:
-  WaveSums waves_;
+  Cosines& cosines_;
   double scale_;
   Buffer moments_, sine_;
 };
@@ -232,7 +249,9 @@ struct Samples {
     if constexpr (Weighted) return weights[i];
     return 1.0;
   }
-  double residual(int64_t i) const { return confidence[i] - static_cast<double>(correct[i]); }
+  // 0 or 1 whatever the byte is
+  int outcome(int64_t i) const { return correct[i] != 0; }
+  double residual(int64_t i) const { return confidence[i] - static_cast<double>(outcome(i)); }
   Samples from(int64_t first) const {
     return {confidence + first, correct + first, Weighted ? weights + first : nullptr, count - first};
   }
@@ -246,7 +265,8 @@ struct Samples {
   }
 };
 
-// Places with weights that have the samples' cosine moments, and the total weight of the samples.
+// Weights that have the samples' cosine moments, at places of their own or on an even grid from 0 to 1, and the total
+// weight of the samples.
 struct Sources {
   Buffer place, weight;
   int64_t count;
@@ -257,14 +277,26 @@ struct Sources {
 };
 
 template <class Real, bool Weighted>
+double total_weight(const Samples<Real, Weighted>& samples, int64_t count) {
+  if constexpr (!Weighted) return static_cast<double>(count);
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += samples.weight(i);
+  return sum;
+}
+
+template <class Real, bool Weighted>
 void take_each(const Samples<Real, Weighted>& samples, Sources& to) {
   double *place = to.place, *weight = to.weight;
+  int bad = 0;
+#pragma omp simd reduction(| : bad)
   for (int64_t i = 0; i < samples.count; ++i) {
     place[i] = samples.confidence[i];
     weight[i] = samples.weight(i) * samples.residual(i);
-    to.total += samples.weight(i);
-    to.allowed &= samples.bad(i) == 0;
+    bad |= samples.bad(i);
   }
+  to.total = total_weight(samples, samples.count);
+  to.allowed = bad == 0;
 }
 
 // A sample's residual r at an offset d from the centre of its bin, as r, rd, rd^2 and rd^3.
@@ -308,15 +340,6 @@ struct alignas(4 * sizeof(double)) Bin {
   }
 };
 
-template <class Real, bool Weighted>
-double total_weight(const Samples<Real, Weighted>& samples, int64_t count) {
-  if constexpr (!Weighted) return static_cast<double>(count);
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += samples.weight(i);
-  return sum;
-}
-
 // Adds up to a block of samples to two tables of (bins); false, with nothing added, if one is not allowed.
 template <class Real, bool Weighted>
 __attribute__((always_inline)) inline bool add_block(const Samples<Real, Weighted>& samples, int64_t count,
@@ -337,7 +360,7 @@ __attribute__((always_inline)) inline bool add_block(const Samples<Real, Weighte
     const Real offset = position - static_cast<Real>(b) - Real(0.5);
     const Real weight = Weighted ? samples.weights[j] : Real(1);
     // as a difference: where all four moments are products, GCC makes vectors of these and none across samples
-    const Real residual = weight * samples.confidence[j] - weight * static_cast<Real>(samples.correct[j]);
+    const Real residual = weight * samples.confidence[j] - weight * static_cast<Real>(samples.outcome(j));
     bin[j] = b;
     moments[j].take(residual, offset);
   }
@@ -396,10 +419,17 @@ void share_out(const Bin* table, int64_t bins, double* nodes) {
   for (int node = 0; node < 3; ++node) nodes[bins + node] = next[node];
 }
 
+// A power of two, which as many threads share evenly. It follows from the samples alone, and so does the result.
+int64_t parts_for(int64_t count, int64_t bins) {
+  const int64_t least = samples_per_part > samples_per_bin * bins ? samples_per_part : samples_per_bin * bins;
+  int64_t parts = 1;
+  while (parts < most_parts && count >= 2 * parts * least) parts *= 2;
+  return parts;
+}
+
 template <class Real, bool Weighted>
 void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threads, Sources& to) {
-  int64_t parts = samples.count / samples_per_part;
-  parts = parts < 1 ? 1 : parts < most_parts ? parts : most_parts;
+  const int64_t parts = parts_for(samples.count, bins);
   const int64_t nodes = bins + 3;
   Buffer of_parts(nodes * parts), totals(parts);
   bool allowed[most_parts];
@@ -415,8 +445,7 @@ void take_binned(const Samples<Real, Weighted>& samples, int64_t bins, int threa
     allowed[part] = fill(samples.from(begin), end - begin, bins, table, totals[part]);
     share_out(table, bins, of_parts + part * nodes);
   }
-  const double width = 1.0 / static_cast<double>(bins);
-  for (int64_t j = 0; j <= bins; ++j) to.place[j] = static_cast<double>(j) * width, to.weight[j] = 0.0;
+  for (int64_t j = 0; j <= bins; ++j) to.weight[j] = 0.0;
   for (int64_t part = 0; part < parts; ++part) {
     to.total += totals[part], to.allowed &= allowed[part];
     const double* const of_part = of_parts + part * nodes;
@@ -433,9 +462,15 @@ int64_t bins_for(double wanted) {
   return bins;
 }
 
+int64_t columns_for(int64_t bins) {
+  int64_t columns = 8;
+  while (columns * columns < bins) columns *= 2;
+  return columns;
+}
+
 // Writes the results at bandwidth sigma.
-template <class Real>
-void finish(const Residuals& residuals, const SmoothEceArguments& arguments, double total, double sigma,
+template <class Real, class Cosines>
+void finish(const Residuals<Cosines>& residuals, const SmoothEceArguments& arguments, double total, double sigma,
             const Integral& at) {
   *static_cast<Real*>(arguments.value) = static_cast<Real>(at.value);
   *static_cast<Real*>(arguments.sigma) = static_cast<Real>(sigma);
@@ -448,29 +483,40 @@ void finish(const Residuals& residuals, const SmoothEceArguments& arguments, dou
   residuals.sign_series(sigma, curve + curve_series);
 }
 
+// Measures, and writes the results unless they want more bins than there are: how many they want. The search for a
+// fixpoint begins at sigma, and leaves it there.
+template <class Real, class Cosines>
+double settle(Cosines cosines, double total, const SmoothEceArguments& arguments, double bins, double& sigma) {
+  Residuals<Cosines> residuals(cosines, total);
+  const bool search = arguments.bandwidth == 0.0;
+  const Integral at = search ? residuals.fixpoint(sigma, bins) : residuals.integral(sigma);
+  const double wanted = search && at.value != 0.0 ? bins_per_fixpoint / sigma : 0.0;
+  if (bins >= wanted) finish<Real>(residuals, arguments, total, sigma, at);
+  return wanted;
+}
+
 template <class Real, bool Weighted>
 bool measure(const SmoothEceArguments& arguments, int threads) {
   const Samples<Real, Weighted> samples = {static_cast<const Real*>(arguments.confidence), arguments.correct,
                                            static_cast<const Real*>(arguments.weights), arguments.count};
-  const bool exact = samples.count <= exact_samples;
-  double sigma = arguments.bandwidth;
-  int64_t bins = bins_for(sigma > 0.0 ? bins_per_sigma / sigma : 0.0);
+  const bool search = arguments.bandwidth == 0.0;
+  double sigma = search ? first_bandwidth : arguments.bandwidth;
+  if (samples.count <= exact_samples) {
+    Sources each(samples.count);
+    take_each(samples, each);
+    if (!each.allowed || !is_total_allowed(each.total)) return false;
+    settle<Real>(WaveSums(WaveSums::cosine, each.place, each.weight, each.count), each.total, arguments, HUGE_VAL,
+                 sigma);
+    return true;
+  }
+  int64_t bins = bins_for(search ? 0.0 : bins_per_sigma / sigma);
   for (;;) {
-    Sources sources(exact ? samples.count : bins + 1);
-    if (exact) {
-      take_each(samples, sources);
-    } else {
-      take_binned(samples, bins, threads, sources);
-    }
-    if (!sources.allowed || !(sources.total > 0.0)) return false;
-    Residuals residuals(sources.place, sources.weight, sources.count, sources.total);
-    if (arguments.bandwidth == 0.0 && sigma == 0.0) sigma = first_bandwidth;
-    const Integral at = arguments.bandwidth == 0.0 ? residuals.fixpoint(sigma) : residuals.integral(sigma);
-    const double wanted = arguments.bandwidth == 0.0 && at.value != 0.0 ? bins_per_fixpoint / sigma : 0.0;
-    if (exact || static_cast<double>(bins) >= wanted) {
-      finish<Real>(residuals, arguments, sources.total, sigma, at);
-      return true;
-    }
+    Sources binned(bins + 1);
+    take_binned(samples, bins, threads, binned);
+    if (!binned.allowed || !is_total_allowed(binned.total)) return false;
+    const double wanted = settle<Real>(EvenCosineSums(binned.weight, bins + 1, bins, columns_for(bins)), binned.total,
+                                       arguments, static_cast<double>(bins), sigma);
+    if (static_cast<double>(bins) >= wanted) return true;
     bins = bins_for(wanted);
   }
 }

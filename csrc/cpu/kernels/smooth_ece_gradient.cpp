@@ -13,7 +13,7 @@ namespace {
 
 // below this many samples a thread costs more than it saves
 constexpr int64_t samples_per_thread = 32768;
-constexpr int64_t samples_per_block = 128;
+constexpr int64_t samples_per_block = 128, fetch_ahead = 4 * samples_per_block;
 
 template <class T, bool Weighted>
 struct Samples {
@@ -34,6 +34,8 @@ struct Samples {
     if constexpr (Weighted) return weights[i];
     return 1;
   }
+  // 0 or 1 whatever the byte is
+  int outcome(int64_t i) const { return correct[i] != 0; }
 };
 
 // S and its slope at each sample's own confidence.
@@ -44,7 +46,7 @@ void write_each(const Samples<T, Weighted>& samples, const double* series, int64
   for (int64_t i = 0; i < count; ++i) place[i] = load_wide(samples.confidence[i]);
   evaluate<true>(series, terms, place, count, value, slope);
   for (int64_t i = 0; i < count; ++i) {
-    const double residual = place[i] - static_cast<double>(samples.correct[i]);
+    const double residual = place[i] - samples.outcome(i);
     const double g = factor * samples.weight(i) * (value[i] + residual * slope[i]);
     store_wide(samples.grad + i, static_cast<WideOf<T>>(g));
   }
@@ -76,6 +78,17 @@ void make_cubics(const double* series, int64_t terms, double factor, int64_t cel
   }
 }
 
+// Asks the memory for a block of samples.
+template <class T, bool Weighted>
+__attribute__((always_inline)) inline void fetch_block(const Samples<T, Weighted>& samples, int64_t first) {
+  constexpr int64_t line = 64, per_line = line / sizeof(T), weights_per_line = line / sizeof(WideOf<T>);
+  for (int64_t j = 0; j < samples_per_block; j += per_line) __builtin_prefetch(samples.confidence + first + j);
+  for (int64_t j = 0; j < samples_per_block; j += line) __builtin_prefetch(samples.correct + first + j);
+  if constexpr (Weighted) {
+    for (int64_t j = 0; j < samples_per_block; j += weights_per_line) __builtin_prefetch(samples.weights + first + j);
+  }
+}
+
 template <class T, bool Weighted>
 void write_part(const Samples<T, Weighted>& samples, int64_t begin, int64_t end, int64_t cells,
                 const Cubic<WideOf<T>>* cubics) {
@@ -84,6 +97,8 @@ void write_part(const Samples<T, Weighted>& samples, int64_t begin, int64_t end,
   const int last_cell = static_cast<int>(cells - 1);
   for (int64_t first = begin; first < end; first += samples_per_block) {
     const int64_t length = first + samples_per_block < end ? samples_per_block : end - first;
+    // the processor's own fetching ahead ends with a page
+    if (first + fetch_ahead + samples_per_block <= end) fetch_block(samples, first + fetch_ahead);
     alignas(64) Real offset[samples_per_block];
     alignas(64) int index[samples_per_block];
     alignas(64) Cubic<Real> taken[samples_per_block];
@@ -93,7 +108,7 @@ void write_part(const Samples<T, Weighted>& samples, int64_t begin, int64_t end,
       const int whole = static_cast<int>(position), below = whole < last_cell ? whole : last_cell;
       const int cell = below > 0 ? below : 0;
       offset[j] = position - static_cast<Real>(cell);
-      index[j] = 2 * cell + samples.correct[first + j];
+      index[j] = 2 * cell + samples.outcome(first + j);
     }
     // one after the other, as a machine's own gathering takes twice as long
 #pragma GCC unroll 8
