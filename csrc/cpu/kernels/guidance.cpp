@@ -7,6 +7,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include <utility>
+
 #include "cpu/kernels/lanes.h"
 #include "cpu/kernels/rows.h"
 
@@ -79,8 +81,8 @@ CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperatur
   sums.s += exponential;
   sums.ed += exponential * d;
   if constexpr (SumD) {
-    const Lanes zero = {}, bounded = max_lanes<Real>(d, zero - static_cast<Real>(1e30));
-    sums.d += Padded ? (x == zero + static_cast<Real>(padding) ? zero : bounded) : bounded;
+    const Lanes zero = {};
+    sums.d += Padded ? (x == zero + static_cast<Real>(padding) ? zero : d) : d;
   }
 }
 
@@ -265,7 +267,7 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
 
 // Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is
 // not finite (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of
-// them.
+// them. Likewise if floats cannot hold the sum of d.
 template <class Real>
 bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
                const Ahead& ahead, Solution<Real>& solution) {
@@ -276,7 +278,7 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
 
   ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
-  if (!(isfinite(sums.ed) && (isfinite(row.label.d) || !row.label.present))) return false;
+  if (!(isfinite(sums.ed) && isfinite(sums.d) && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
 
   solution = {};
@@ -357,43 +359,60 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   free(place);
 }
 
+// Loads row b; its label is moved out, and the last class takes the label's place.
 template <class T, class Real>
-void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> row, int64_t b) {
-  const GuidanceArguments& arguments = *settings.arguments;
-  const int64_t last = arguments.classes - 1;
-  const int64_t label = arguments.labels[b * arguments.label_stride];
-  T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
-  const T* next =
-      static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
-  const Ahead ahead = {reinterpret_cast<const char*>(next), reinterpret_cast<char*>(grad), sizeof(T)};
+void take_row(const GuidanceArguments& arguments, int64_t b, Row<Real>& row) {
+  const int64_t last = arguments.classes - 1, label = arguments.labels[b * arguments.label_stride];
   row.max = load_row<T>(arguments, b, row.x);
+  row.count = last;
   row.label.present = true;
   row.label.logit = row.x[label];
   // a masked label stays at minus infinity, by which it is found
   row.label.d = row.label.logit > -INFINITY ? distance(row.label.logit, row.max) : row.label.logit;
-  // the last class takes the label's place, and goes home at the end
   row.x[label] = row.x[last];
-  row.count = last;
-  Solution<Real> solution;
-  if (!solve_row(settings, prior, row, b, ahead, solution)) {
-    load_row<T>(arguments, b, row.x);
-    return unusual_row(settings, row, label, b, ahead, grad);
+}
+
+template <class T, class Real>
+void guide_rows(const Settings& settings, const Prior<double>& prior, Row<Real> row, float* next_x, int64_t begin,
+                int64_t end) {
+  const GuidanceArguments& arguments = *settings.arguments;
+  const int64_t last = arguments.classes - 1;
+  Row<Real> next = row;
+  next.x = next_x;
+  if (begin < end) take_row<T>(arguments, begin, row);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t label = arguments.labels[b * arguments.label_stride];
+    T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
+    const T* following =
+        static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
+    const Ahead ahead = {reinterpret_cast<const char*>(following), reinterpret_cast<char*>(grad), sizeof(T)};
+    Solution<Real> solution;
+    const bool usual = solve_row(settings, prior, row, b, ahead, solution);
+    // the gradient waits for the row's scalars, one after the other: there is time to load a row
+    if (b + 1 < end) take_row<T>(arguments, b + 1, next);
+    if (usual) {
+      write_solution(row, solution, settings.marginal, grad);
+      // the last class goes home
+      if (label < last) grad[last] = grad[label];
+      store_float(grad + label, static_cast<float>(solution.form.label));
+    } else {
+      load_row<T>(arguments, b, row.x);
+      unusual_row(settings, row, label, b, ahead, grad);
+    }
+    std::swap(row, next);
   }
-  write_solution(row, solution, settings.marginal, grad);
-  if (label < last) grad[last] = grad[label];
-  store_float(grad + label, static_cast<float>(solution.form.label));
 }
 
 template <class Real>
-void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
-  // The buffers begin a quarter of a page apart: a load is held up by an earlier store to an address with the same
-  // lowest 12 bits, and how they fell would be left to chance.
-  constexpr int64_t page = 4096 / sizeof(Real);
-  alignas(64) unsigned char stack[(4 * stack_classes + page) * sizeof(Real)];
-  const int64_t length = (settings.arguments->classes + page - 1) / page * page + page / 4;
+void guide_part(const Settings& settings, int64_t begin, int64_t end) {
+  // The buffers begin some of a page apart: a load is held up by an earlier store to an address with the same lowest 12
+  // bits, and how they fell would be left to chance.
+  constexpr int64_t page = 4096 / sizeof(Real), apart = page / 16 * 3;
+  alignas(64) unsigned char stack[5 * (stack_classes + apart) * sizeof(Real)];
+  const int64_t length = (settings.arguments->classes + page - 1) / page * page + apart;
   void* buffer = stack;
-  if (length > stack_classes + page / 4) {
-    buffer = aligned_alloc(64, 4 * length * sizeof(Real));
+  if (length > stack_classes + apart) {
+    buffer = aligned_alloc(64, 5 * length * sizeof(Real));
     if (buffer == nullptr) abort();
   }
   Row<Real> row = {};
@@ -401,10 +420,10 @@ void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
   row.e2 = row.e + length;
   row.w = row.e + 2 * length;
   row.x = reinterpret_cast<float*>(row.e + 3 * length);
+  float* next_x = reinterpret_cast<float*>(row.e + 4 * length);
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(settings.arguments->classes), true);
-  for (int64_t b = begin; b < end; ++b) {
-    with_storage(settings.arguments->storage, [&](auto type) { guide_row<decltype(type)>(settings, prior, row, b); });
-  }
+  with_storage(settings.arguments->storage,
+               [&](auto type) { guide_rows<decltype(type)>(settings, prior, row, next_x, begin, end); });
   if (buffer != stack) free(buffer);
 }
 
@@ -416,7 +435,7 @@ void guidance_gradient(const GuidanceArguments& arguments, int threads) {
   settings.guidance = arguments.settings;
   settings.traits = divergence_traits(settings.guidance.divergence);
   settings.marginal = marginal_of(settings.guidance.marginal_temperature);
-  const auto guide = settings.traits.summation == sum_of_doubles ? guide_rows<double> : guide_rows<float>;
+  const auto guide = settings.traits.summation == sum_of_doubles ? guide_part<double> : guide_part<float>;
 
   each_part(arguments, threads, [&](int64_t begin, int64_t end) { guide(settings, begin, end); });
 }

@@ -138,27 +138,33 @@ CALGUIDE_INLINE Vector<Real> max_lanes(Vector<Real> x, Vector<Real> max) {
   return x > max ? x : max;
 }
 
+// Lanes combined by halves until one is left.
+template <class Number, int64_t count, class Combine>
+CALGUIDE_INLINE Number fold_lanes(typename VectorOf<Number, count * sizeof(Number)>::type lanes,
+                                  const Combine& combine) {
+  if constexpr (count == 1) {
+    return lanes[0];
+  } else {
+    typename VectorOf<Number, count / 2 * sizeof(Number)>::type half[2];
+    memcpy(half, &lanes, sizeof half);
+    return fold_lanes<Number, count / 2>(combine(half[0], half[1]), combine);
+  }
+}
+
 // The sum in double, by halves.
 template <class Real>
 CALGUIDE_INLINE double sum_of_lanes(Vector<Real> lanes) {
-  double part[width<Real> / 2];
-  for (int64_t i = 0; i < width<Real> / 2; ++i) {
-    part[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + width<Real> / 2]);
-  }
-  for (int64_t rest = width<Real> / 4; rest > 0; rest /= 2) {
-    for (int64_t i = 0; i < rest; ++i) part[i] += part[i + rest];
-  }
-  return part[0];
+  constexpr int64_t half = width<Real> / 2;
+  typename VectorOf<Real, half * sizeof(Real)>::type halves[2];
+  memcpy(halves, &lanes, sizeof halves);
+  using Wide = typename VectorOf<double, half * sizeof(double)>::type;
+  const Wide sums = __builtin_convertvector(halves[0], Wide) + __builtin_convertvector(halves[1], Wide);
+  return fold_lanes<double, half>(sums, [](auto x, auto y) { return x + y; });
 }
 
 // the largest lane, no NaN among them
 CALGUIDE_INLINE float max_of_lanes(Vector<float> lanes) {
-  float largest[width<float>];
-  memcpy(largest, &lanes, sizeof lanes);
-  for (int64_t rest = width<float> / 2; rest > 0; rest /= 2) {
-    for (int64_t i = 0; i < rest; ++i) largest[i] = largest[i] > largest[i + rest] ? largest[i] : largest[i + rest];
-  }
-  return largest[0];
+  return fold_lanes<float, width<float>>(lanes, [](auto x, auto y) { return x > y ? x : y; });
 }
 
 // exp2_product of each lane, which is not infinite
