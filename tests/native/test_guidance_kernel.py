@@ -247,7 +247,7 @@ def test_masked_label(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-@pytest.mark.parametrize("gap", [90.0, 200.0, 300.0, 1e38, 3e38])
+@pytest.mark.parametrize("gap", [90.0, 200.0, 300.0, 1e6, 1e16, 1e22, 1e28, 1e38, 3e38])
 def test_large_gaps(case, gap):
     logits = torch.zeros(3, 21)
     logits[0, 2], logits[1, 4], logits[2, 4:6] = gap, gap, -gap

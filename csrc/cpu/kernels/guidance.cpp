@@ -49,6 +49,7 @@ struct Row {
   Real* w;   // class terms
   int64_t count;
   float max;  // over all classes, in the units of x
+  bool far;   // some may be as far below the maximum as floats go
   Label<double> label;
 };
 
@@ -57,23 +58,24 @@ struct LaneSums {
   Vector<Real> s, s2, ed, d;
 };
 
-// Exponentials of a vector of classes, of which some may be padding.
+// Exponentials of a vector of classes, of which some may be padding or far.
 template <Marginal M, bool SumD, bool Padded, class Real>
 CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperature, LaneSums<Real>& sums) {
   using Lanes = Vector<Real>;
   const Real log2_e = static_cast<Real>(1.4426950408889634);
   const Lanes x = load_lanes<Real>(row.x + i), d = x - static_cast<Real>(row.max);
+  const auto power = [&](Real scale) { return Padded ? exp2_far_lanes<Real>(d, scale) : exp2_lanes<Real>(d, scale); };
   Lanes exponential;
   if constexpr (M == marginal_half) {
-    const Lanes half = exp2_lanes<Real>(d, log2_e / 2);
+    const Lanes half = power(log2_e / 2);
     exponential = half * half;
     store_lanes<Real>(row.e + i, half);
     sums.s2 += half;
   } else {
-    exponential = exp2_lanes<Real>(d, log2_e);
+    exponential = power(log2_e);
     store_lanes<Real>(row.e + i, exponential);
     if constexpr (M == marginal_general) {
-      const Lanes other = exp2_lanes<Real>(d, temperature * log2_e);
+      const Lanes other = power(temperature * log2_e);
       store_lanes<Real>(row.e2 + i, other);
       sums.s2 += other;
     }
@@ -90,18 +92,16 @@ template <Marginal M, bool SumD, class Real>
 ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperature, Ahead ahead) {
   // a copy that no store can reach stays in registers
   const Row<Real> row = given;
-  const int64_t whole = row.count / width<Real> * width<Real>;
+  const int64_t plain = row.far ? 0 : row.count / width<Real> * width<Real>;
   ExpSums<double> total = {};
   for (int64_t i = 0; i < padded;) {
-    const int64_t end = i + block_length < whole ? i + block_length : whole;
+    const int64_t end = i + block_length < padded ? i + block_length : padded;
     LaneSums<Real> sums = {};
-    for (; i < end; i += width<Real>) {
+    for (; i < end && i < plain; i += width<Real>) {
       ahead.prefetch(i);
       exp_vector<M, SumD, false>(row, i, temperature, sums);
     }
-    if (end == whole) {
-      for (; i < padded; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
-    }
+    for (; i < end; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
     total.s += sum_of_lanes<Real>(sums.s);
     total.s2 += sum_of_lanes<Real>(sums.s2);
     total.ed += sum_of_lanes<Real>(sums.ed);
@@ -266,8 +266,8 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
 }
 
 // Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is
-// not finite (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of
-// them. Likewise if floats cannot hold the sum of d.
+// not finite or two are so far apart that exp2_lanes does not serve: then e d or e2 is not finite somewhere, and so is
+// the sum of them. Likewise if floats cannot hold the sum of d.
 template <class Real>
 bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
                const Ahead& ahead, Solution<Real>& solution) {
@@ -278,7 +278,8 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
 
   ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
-  if (!(isfinite(sums.ed) && isfinite(sums.d) && (isfinite(row.label.d) || !row.label.present))) return false;
+  const bool finite = isfinite(sums.ed) && isfinite(sums.s2) && isfinite(sums.d);
+  if (!(finite && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
 
   solution = {};
@@ -338,6 +339,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   // in double the passes take the maximum off themselves
   constexpr bool in_double = sizeof(Real) == sizeof(double);
   row.max = in_double ? max : 0.0f;
+  row.far = true;
   row.count = 0;
   int64_t* place = static_cast<int64_t*>(malloc(sizeof(int64_t) * classes));
   float* compact = static_cast<float*>(malloc(sizeof(float) * classes));

@@ -167,15 +167,26 @@ CALGUIDE_INLINE float max_of_lanes(Vector<float> lanes) {
   return fold_lanes<float, width<float>>(lanes, [](auto x, auto y) { return x > y ? x : y; });
 }
 
-// exp2_product of each lane, which is not infinite
+// exp2_product of each lane, with the product exact. NaN where that product is infinite, and infinite or NaN where it
+// is so far below 0 that floats cannot hold the square of its last digit (at -1e26, say).
 template <class Real>
 CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == sizeof(float)) {
-    // the powers of two by an instruction that leaves the multiply-add units free
-    const Vector<Real> n =
-        reinterpret_cast<Vector<Real>>(_mm512_maskz_roundscale_ps(every_lane, reinterpret_cast<__m512>(x * scale), 8));
-    const Vector<Real> fraction = exp2_fraction(x * scale - n);
+    // 2^(n + f), n a multiple of 1/32: adding 1.5 * 2^18 rounds to one, whose fraction is in the lowest five bits
+    alignas(vector_bytes) static constexpr float powers[32] = {
+        0x1p0f,        0x1.059b0ep0f, 0x1.0b5586p0f, 0x1.11301ep0f, 0x1.172b84p0f, 0x1.1d4874p0f, 0x1.2387a6p0f,
+        0x1.29e9ep0f,  0x1.306fep0f,  0x1.371a74p0f, 0x1.3dea64p0f, 0x1.44e086p0f, 0x1.4bfdaep0f, 0x1.5342b6p0f,
+        0x1.5ab07ep0f, 0x1.6247ecp0f, 0x1.6a09e6p0f, 0x1.71f75ep0f, 0x1.7a1148p0f, 0x1.82589ap0f, 0x1.8ace54p0f,
+        0x1.93737cp0f, 0x1.9c4918p0f, 0x1.a5503cp0f, 0x1.ae89fap0f, 0x1.b7f77p0f,  0x1.c199bep0f, 0x1.cb720ep0f,
+        0x1.d5818ep0f, 0x1.dfc974p0f, 0x1.ea4afap0f, 0x1.f50766p0f};
+    const float magic = 0x1.8p18f;
+    const Vector<Real> shifted = x * scale + magic, n = shifted - magic, f = x * scale - n;
+    const Vector<Real> power = reinterpret_cast<Vector<Real>>(_mm512_permutex2var_ps(
+        _mm512_load_ps(powers), reinterpret_cast<__m512i>(shifted), _mm512_load_ps(powers + 16)));
+    // (2^f - 1) / f for |f| <= 1/64, minimax in the relative error of 2^f, 5.3e-8
+    const Vector<Real> fraction = power * f * (f * 0x1.ebfdp-3f + 0x1.62e586p-1f) + power;
+    // the whole part of n by an instruction
     return reinterpret_cast<Vector<Real>>(
         _mm512_maskz_scalef_ps(every_lane, reinterpret_cast<__m512>(fraction), reinterpret_cast<__m512>(n)));
   }
@@ -183,11 +194,11 @@ CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
   return each_lane<Real>([&](int64_t i) { return exp2_product(x[i], scale); });
 }
 
-// exp2_product of each lane, which may be minus infinity
+// exp2_product of each lane, which may be as far below 0 as minus infinity
 template <class Real>
-CALGUIDE_INLINE Vector<Real> exp2_masked_lanes(Vector<Real> x, Real scale) {
+CALGUIDE_INLINE Vector<Real> exp2_far_lanes(Vector<Real> x, Real scale) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == sizeof(float)) x = max_lanes<Real>(Vector<Real>{} - static_cast<Real>(1e30), x);
+  if constexpr (sizeof(Real) == sizeof(float)) x = max_lanes<Real>(Vector<Real>{} - static_cast<Real>(1e20), x);
 #endif
   return exp2_lanes<Real>(x, scale);
 }
