@@ -88,7 +88,9 @@ CALGUIDE_INLINE Vector<Real> load_lanes(const Float16* from) {
 #elif defined(__F16C__)
   return reinterpret_cast<Vector<Real>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-  return each_lane<Real>([&](int64_t i) { return load_float(from[i]); });
+  VectorBeside<uint16_t, Real> stored;
+  memcpy(&stored, from, sizeof stored);
+  return float16_value<Vector<Real>>(__builtin_convertvector(stored, Vector<uint32_t>));
 #endif
 }
 
@@ -116,6 +118,11 @@ CALGUIDE_INLINE void store_lanes(Stored* to, Vector<Real> lanes) {
 #elif defined(__F16C__)
   } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(reinterpret_cast<__m256>(lanes), 0));
+#else
+  } else if constexpr (is_float && std::is_same<Stored, Float16>::value) {
+    const Vector<uint32_t> bits = float16_bits<Vector<uint32_t>>(lanes);
+    const VectorBeside<uint16_t, Real> stored = __builtin_convertvector(bits, VectorBeside<uint16_t, Real>);
+    memcpy(to, &stored, sizeof stored);
 #endif
   } else {
     alignas(vector_bytes) Real each[width<Real>];
