@@ -21,17 +21,32 @@ CALGUIDE_INLINE float load_float(float value) { return value; }
 
 CALGUIDE_INLINE float load_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
+// the same bits as another type, or as a vector of it
+template <class To, class From>
+CALGUIDE_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The float with the value of a float16's bits, or a vector of them.
+template <class Number, class Word>
+CALGUIDE_INLINE Number float16_value(Word bits) {
+  const Word magnitude = (bits & 0x7fffu) << 13, none = {}, infinite = Word{} + 0x7f800000u;
+  // the multiplication moves the exponent's bias and normalises subnormals alike
+  const Word scaled = bits_as<Word>(bits_as<Number>(magnitude) * 0x1p112f);
+  const Word special = magnitude >= 0x0f800000u ? infinite : none;
+  return bits_as<Number>(scaled | special | ((bits & 0x8000u) << 16));
+}
+
 CALGUIDE_INLINE float load_float(Float16 value) {
 #if defined(__CUDA_ARCH__)
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
   return wide;
 #else
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  // the multiplication moves the exponent's bias and normalises subnormals alike
-  const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return float_of(scaled | special | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+  return float16_value<float>(static_cast<uint32_t>(value.bits));
 #endif
 }
 
@@ -52,20 +67,24 @@ CALGUIDE_INLINE void store_float(BFloat16* at, float value) {
 #endif
 }
 
-// round to nearest, ties to even
+// The bits of a float16 from a float, or from a vector of them: round to nearest, ties to even.
+template <class Word, class Number>
+CALGUIDE_INLINE Word float16_bits(Number value) {
+  const Word bits = bits_as<Word>(value), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+  const Word normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // adding 0.5 lets the hardware round a subnormal result at the right bit
+  const Word subnormal = bits_as<Word>(bits_as<Number>(magnitude) + 0.5f) - 0x3f000000u;
+  const Word nan = Word{} + 0x7e00u, infinite = Word{} + 0x7c00u;
+  const Word special = magnitude > 0x7f800000u ? nan : infinite;
+  const Word finite = magnitude < 0x38800000u ? subnormal : normal;
+  return (magnitude >= 0x47800000u ? special : finite) | sign;
+}
+
 CALGUIDE_INLINE void store_float(Float16* at, float value) {
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(value));
 #else
-  const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
-  const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
-  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // adding 0.5 lets the hardware round a subnormal result at the right bit
-  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x47800000u ? special : result;
-  at->bits = static_cast<uint16_t>(result | sign);
+  at->bits = static_cast<uint16_t>(float16_bits<uint32_t>(value));
 #endif
 }
 

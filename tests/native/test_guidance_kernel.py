@@ -247,7 +247,7 @@ def test_masked_label(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-@pytest.mark.parametrize("gap", [90.0, 200.0, 300.0, 1e38, 3e38])
+@pytest.mark.parametrize("gap", [90.0, 200.0, 300.0, 1e6, 1e16, 1e22, 1e28, 1e38, 3e38])
 def test_large_gaps(case, gap):
     logits = torch.zeros(3, 21)
     logits[0, 2], logits[1, 4], logits[2, 4:6] = gap, gap, -gap
@@ -289,6 +289,20 @@ def test_every_16_bit_value_survives(dtype):
     _, stats = kernel(logits, torch.zeros(len(bits), dtype=torch.long), NONE, joint=2.0, marginal=1.0)
     assert torch.equal(stats[1][finite], values[finite])
     assert stats[1][~finite].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("alpha", [1e-4, 1.0, 1e6])
+def test_16_bits_are_loaded_and_rounded_as_torch_does(dtype, alpha):
+    # every finite value beside its neighbours, and gradients from subnormal ones to those beyond the range
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    near = every[every.isfinite()].float().sort().values.to(dtype).view(-1, 32)
+    for logits in (near, batch(64, 1000)[0].to(dtype)):
+        labels = torch.arange(len(logits)) % logits.shape[1]
+        grad, stats = kernel(logits, labels, REVERSE_KL, alpha=alpha)
+        expected, expected_stats = kernel(logits.float(), labels, REVERSE_KL, alpha=alpha)
+        assert torch.equal(grad, expected.to(dtype)) and torch.equal(stats, expected_stats)
+    assert grad.isinf().any() == (alpha == 1e6 and dtype is torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include <utility>
+
 #include "cpu/kernels/lanes.h"
 #include "cpu/kernels/rows.h"
 
@@ -47,6 +49,7 @@ struct Row {
   Real* w;   // class terms
   int64_t count;
   float max;  // over all classes, in the units of x
+  bool far;   // some may be as far below the maximum as floats go
   Label<double> label;
 };
 
@@ -55,23 +58,24 @@ struct LaneSums {
   Vector<Real> s, s2, ed, d;
 };
 
-// Exponentials of a vector of classes, of which some may be padding.
+// Exponentials of a vector of classes, of which some may be padding or far.
 template <Marginal M, bool SumD, bool Padded, class Real>
 CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperature, LaneSums<Real>& sums) {
   using Lanes = Vector<Real>;
   const Real log2_e = static_cast<Real>(1.4426950408889634);
   const Lanes x = load_lanes<Real>(row.x + i), d = x - static_cast<Real>(row.max);
+  const auto power = [&](Real scale) { return Padded ? exp2_far_lanes<Real>(d, scale) : exp2_lanes<Real>(d, scale); };
   Lanes exponential;
   if constexpr (M == marginal_half) {
-    const Lanes half = exp2_lanes<Real>(d, log2_e / 2);
+    const Lanes half = power(log2_e / 2);
     exponential = half * half;
     store_lanes<Real>(row.e + i, half);
     sums.s2 += half;
   } else {
-    exponential = exp2_lanes<Real>(d, log2_e);
+    exponential = power(log2_e);
     store_lanes<Real>(row.e + i, exponential);
     if constexpr (M == marginal_general) {
-      const Lanes other = exp2_lanes<Real>(d, temperature * log2_e);
+      const Lanes other = power(temperature * log2_e);
       store_lanes<Real>(row.e2 + i, other);
       sums.s2 += other;
     }
@@ -79,8 +83,8 @@ CALGUIDE_INLINE void exp_vector(const Row<Real>& row, int64_t i, Real temperatur
   sums.s += exponential;
   sums.ed += exponential * d;
   if constexpr (SumD) {
-    const Lanes zero = {}, bounded = max_lanes<Real>(d, zero - static_cast<Real>(1e30));
-    sums.d += Padded ? (x == zero + static_cast<Real>(padding) ? zero : bounded) : bounded;
+    const Lanes zero = {};
+    sums.d += Padded ? (x == zero + static_cast<Real>(padding) ? zero : d) : d;
   }
 }
 
@@ -88,18 +92,16 @@ template <Marginal M, bool SumD, class Real>
 ExpSums<double> exp_pass(const Row<Real>& given, int64_t padded, Real temperature, Ahead ahead) {
   // a copy that no store can reach stays in registers
   const Row<Real> row = given;
-  const int64_t whole = row.count / width<Real> * width<Real>;
+  const int64_t plain = row.far ? 0 : row.count / width<Real> * width<Real>;
   ExpSums<double> total = {};
   for (int64_t i = 0; i < padded;) {
-    const int64_t end = i + block_length < whole ? i + block_length : whole;
+    const int64_t end = i + block_length < padded ? i + block_length : padded;
     LaneSums<Real> sums = {};
-    for (; i < end; i += width<Real>) {
+    for (; i < end && i < plain; i += width<Real>) {
       ahead.prefetch(i);
       exp_vector<M, SumD, false>(row, i, temperature, sums);
     }
-    if (end == whole) {
-      for (; i < padded; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
-    }
+    for (; i < end; i += width<Real>) exp_vector<M, SumD, true>(row, i, temperature, sums);
     total.s += sum_of_lanes<Real>(sums.s);
     total.s2 += sum_of_lanes<Real>(sums.s2);
     total.ed += sum_of_lanes<Real>(sums.ed);
@@ -264,8 +266,8 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
 }
 
 // Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is
-// not finite (or two are further apart than floats go): then e d is 0 * inf or worse somewhere, and so is the sum of
-// them.
+// not finite or two are so far apart that exp2_lanes does not serve: then e d or e2 is not finite somewhere, and so is
+// the sum of them. Likewise if floats cannot hold the sum of d.
 template <class Real>
 bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
                const Ahead& ahead, Solution<Real>& solution) {
@@ -276,7 +278,8 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
 
   ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
-  if (!(isfinite(sums.ed) && (isfinite(row.label.d) || !row.label.present))) return false;
+  const bool finite = isfinite(sums.ed) && isfinite(sums.s2) && isfinite(sums.d);
+  if (!(finite && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
 
   solution = {};
@@ -336,6 +339,7 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   // in double the passes take the maximum off themselves
   constexpr bool in_double = sizeof(Real) == sizeof(double);
   row.max = in_double ? max : 0.0f;
+  row.far = true;
   row.count = 0;
   int64_t* place = static_cast<int64_t*>(malloc(sizeof(int64_t) * classes));
   float* compact = static_cast<float*>(malloc(sizeof(float) * classes));
@@ -357,43 +361,60 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   free(place);
 }
 
+// Loads row b; its label is moved out, and the last class takes the label's place.
 template <class T, class Real>
-void guide_row(const Settings& settings, const Prior<double>& prior, Row<Real> row, int64_t b) {
-  const GuidanceArguments& arguments = *settings.arguments;
-  const int64_t last = arguments.classes - 1;
-  const int64_t label = arguments.labels[b * arguments.label_stride];
-  T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
-  const T* next =
-      static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
-  const Ahead ahead = {reinterpret_cast<const char*>(next), reinterpret_cast<char*>(grad), sizeof(T)};
+void take_row(const GuidanceArguments& arguments, int64_t b, Row<Real>& row) {
+  const int64_t last = arguments.classes - 1, label = arguments.labels[b * arguments.label_stride];
   row.max = load_row<T>(arguments, b, row.x);
+  row.count = last;
   row.label.present = true;
   row.label.logit = row.x[label];
   // a masked label stays at minus infinity, by which it is found
   row.label.d = row.label.logit > -INFINITY ? distance(row.label.logit, row.max) : row.label.logit;
-  // the last class takes the label's place, and goes home at the end
   row.x[label] = row.x[last];
-  row.count = last;
-  Solution<Real> solution;
-  if (!solve_row(settings, prior, row, b, ahead, solution)) {
-    load_row<T>(arguments, b, row.x);
-    return unusual_row(settings, row, label, b, ahead, grad);
+}
+
+template <class T, class Real>
+void guide_rows(const Settings& settings, const Prior<double>& prior, Row<Real> row, float* next_x, int64_t begin,
+                int64_t end) {
+  const GuidanceArguments& arguments = *settings.arguments;
+  const int64_t last = arguments.classes - 1;
+  Row<Real> next = row;
+  next.x = next_x;
+  if (begin < end) take_row<T>(arguments, begin, row);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t label = arguments.labels[b * arguments.label_stride];
+    T* grad = static_cast<T*>(arguments.grad) + b * arguments.classes;
+    const T* following =
+        static_cast<const T*>(arguments.logits) + (b + 1 < arguments.batch ? b + 1 : b) * arguments.row_stride;
+    const Ahead ahead = {reinterpret_cast<const char*>(following), reinterpret_cast<char*>(grad), sizeof(T)};
+    Solution<Real> solution;
+    const bool usual = solve_row(settings, prior, row, b, ahead, solution);
+    // the gradient waits for the row's scalars, one after the other: there is time to load a row
+    if (b + 1 < end) take_row<T>(arguments, b + 1, next);
+    if (usual) {
+      write_solution(row, solution, settings.marginal, grad);
+      // the last class goes home
+      if (label < last) grad[last] = grad[label];
+      store_float(grad + label, static_cast<float>(solution.form.label));
+    } else {
+      load_row<T>(arguments, b, row.x);
+      unusual_row(settings, row, label, b, ahead, grad);
+    }
+    std::swap(row, next);
   }
-  write_solution(row, solution, settings.marginal, grad);
-  if (label < last) grad[last] = grad[label];
-  store_float(grad + label, static_cast<float>(solution.form.label));
 }
 
 template <class Real>
-void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
-  // The buffers begin a quarter of a page apart: a load is held up by an earlier store to an address with the same
-  // lowest 12 bits, and how they fell would be left to chance.
-  constexpr int64_t page = 4096 / sizeof(Real);
-  alignas(64) unsigned char stack[(4 * stack_classes + page) * sizeof(Real)];
-  const int64_t length = (settings.arguments->classes + page - 1) / page * page + page / 4;
+void guide_part(const Settings& settings, int64_t begin, int64_t end) {
+  // The buffers begin some of a page apart: a load is held up by an earlier store to an address with the same lowest 12
+  // bits, and how they fell would be left to chance.
+  constexpr int64_t page = 4096 / sizeof(Real), apart = page / 16 * 3;
+  alignas(64) unsigned char stack[5 * (stack_classes + apart) * sizeof(Real)];
+  const int64_t length = (settings.arguments->classes + page - 1) / page * page + apart;
   void* buffer = stack;
-  if (length > stack_classes + page / 4) {
-    buffer = aligned_alloc(64, 4 * length * sizeof(Real));
+  if (length > stack_classes + apart) {
+    buffer = aligned_alloc(64, 5 * length * sizeof(Real));
     if (buffer == nullptr) abort();
   }
   Row<Real> row = {};
@@ -401,10 +422,10 @@ void guide_rows(const Settings& settings, int64_t begin, int64_t end) {
   row.e2 = row.e + length;
   row.w = row.e + 2 * length;
   row.x = reinterpret_cast<float*>(row.e + 3 * length);
+  float* next_x = reinterpret_cast<float*>(row.e + 4 * length);
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(settings.arguments->classes), true);
-  for (int64_t b = begin; b < end; ++b) {
-    with_storage(settings.arguments->storage, [&](auto type) { guide_row<decltype(type)>(settings, prior, row, b); });
-  }
+  with_storage(settings.arguments->storage,
+               [&](auto type) { guide_rows<decltype(type)>(settings, prior, row, next_x, begin, end); });
   if (buffer != stack) free(buffer);
 }
 
@@ -416,7 +437,7 @@ void guidance_gradient(const GuidanceArguments& arguments, int threads) {
   settings.guidance = arguments.settings;
   settings.traits = divergence_traits(settings.guidance.divergence);
   settings.marginal = marginal_of(settings.guidance.marginal_temperature);
-  const auto guide = settings.traits.summation == sum_of_doubles ? guide_rows<double> : guide_rows<float>;
+  const auto guide = settings.traits.summation == sum_of_doubles ? guide_part<double> : guide_part<float>;
 
   each_part(arguments, threads, [&](int64_t begin, int64_t end) { guide(settings, begin, end); });
 }

@@ -65,7 +65,7 @@ double sum_of_exponentials(const float* x, int64_t count, float max, const T* ne
     Vector<float> sum = {};
     for (int64_t i = begin; i < end; i += width<float>) {
       __builtin_prefetch(next + i);
-      sum += exp2_masked_lanes<float>(load_lanes<float>(x + i) - max, log2_e);
+      sum += exp2_far_lanes<float>(load_lanes<float>(x + i) - max, log2_e);
     }
     total += sum_of_lanes<float>(sum);
   }
@@ -121,7 +121,7 @@ void pull_row(const TopLabelBackwardArguments& arguments, int64_t b) {
   // a type that is not does better in a loop by elements, which converts two vectors together
   if (Contiguous && stored_whole<T> && arguments.classes >= width<float>) {
     each_vector<float>(arguments.classes, [&](int64_t i) {
-      store_lanes<float>(grad + i, share * exp2_masked_lanes<float>(load_lanes<float>(logits + i) - max, log2_e));
+      store_lanes<float>(grad + i, share * exp2_far_lanes<float>(load_lanes<float>(logits + i) - max, log2_e));
     });
   } else {
 #pragma omp simd
