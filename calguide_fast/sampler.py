@@ -228,7 +228,7 @@ class FDivSampler:
             f"[{', '.join(guides)}]" if isinstance(self.classifier, tuple) else guides[0],
             repr(self.guidance),
             *([] if self.cond_fn is None else [f"cond_fn={_name(self.cond_fn)}"]),
-            f"classifier_input={self.classifier_input!r}",
+            *([f"classifier_input={self.classifier_input!r}"] if self._members else []),
             f"shape={self.shape}",
             f"num_classes={self.num_classes}",
             *([] if self.cfg_scale == 1.0 else [f"cfg_scale={self.cfg_scale:g}", f"null_class={self.null_class}"]),

@@ -31,7 +31,7 @@ def parse_divergence(name: str) -> tuple[int, float]:
     if not isinstance(name, str):
         raise TypeError(
             f"divergence must be a name, such as 'js', got {type(name).__name__}; of an object that holds settings, "
-            "give the fields one by one (divergence=…, alpha=…), or call its own methods"
+            "as a Guidance does, give the fields one by one (divergence=…, alpha=…), or call its image_gradient"
         )
     if name.startswith("alpha:"):
         return _parse_order(name)

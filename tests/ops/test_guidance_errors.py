@@ -23,7 +23,7 @@ LOGITS, LABELS = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
         ({"divergence": "alpha:inf"}, ValueError, "must be a finite number, got 'inf'"),
         ({"divergence": "alpha:nan"}, ValueError, "must be a finite number, got 'nan'"),
         ({"divergence": None}, TypeError, "divergence must be a name, such as 'js', got NoneType"),
-        ({"divergence": Guidance("js")}, TypeError, "got Guidance; .* give the fields one by one .* its own methods"),
+        ({"divergence": Guidance("js")}, TypeError, "got Guidance; .* the fields one by one .* its image_gradient"),
         ({"alpha": -0.1}, ValueError, "alpha=-0.1 must be finite and at least 0"),
         ({"alpha": math.inf}, ValueError, "alpha=inf must be finite"),
         ({"alpha": "1"}, TypeError, "alpha must be a number, got '1' of type str"),
