@@ -21,8 +21,9 @@ $(READY): $(SOURCES)
 demo: setup
 	$(BIN)/calguide-fast demo --out out/demo
 
+# into out/train-demo; OUT=calguide_fast/demo/assets replaces the package's own networks
 train-demo: setup
-	$(BIN)/calguide-fast train-demo
+	$(BIN)/calguide-fast train-demo $(if $(OUT),--out $(OUT))
 
 # a test takes one thread, so the processors share them out
 SHARED_OUT := -n auto --maxprocesses 8 --dist worksteal

@@ -1,5 +1,10 @@
 """Fused kernels for classifier guidance of diffusion models: calibrated, regularised, f-divergence guided."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from calguide_fast.backends import backend_report, use_backend
 from calguide_fast.calibration.losses import HuberECELoss, SmoothECELoss, huber_ece
 from calguide_fast.cond_fn import as_cond_fn
@@ -33,3 +38,16 @@ __all__ = [
     "tilt_weights",
     "use_backend",
 ]
+
+# parts that are reached as attributes, imported or not
+_PARTS = ("calibration", "evaluation", "models", "schedule")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

@@ -67,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train-demo", help="train the demo's networks anew")
-    train.add_argument("--out", type=Path, default=None, help="folder for the checkpoints (the package's own assets)")
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/train-demo"),
+        help="folder for the checkpoints (%(default)s); in a checkout calguide_fast/demo/assets replaces the package's",
+    )
     train.set_defaults(run=_train_demo)
 
     sample = commands.add_parser("sample", help="sample many images, on many GPUs or machines, and resume")

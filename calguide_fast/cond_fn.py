@@ -9,17 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calguide_fast.classifiers import Classifier, as_single
 from calguide_fast.guidance import Guidance
-from calguide_fast.guides import Classifiers, as_member, check_classifier_input, per_image, weights_of
+from calguide_fast.guides import Classifiers, as_member, per_image, weights_of
+from calguide_fast.networks import check_callable
 from calguide_fast.ops.step import predict_x0
 from calguide_fast.schedule import Schedule
 
 
 def as_cond_fn(
-    classifier: Callable[..., Tensor],
+    classifier: Classifier,
     guidance: Guidance | None = None,
     schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor = "linear",
-    classifier_input: str = "x0",
+    classifier_input: str | None = None,
     *,
     model: Callable[..., Tensor] | None = None,
     classifier_transform: Callable[[Tensor], Tensor] | None = None,
@@ -40,12 +42,13 @@ def as_cond_fn(
 
     Args:
         classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``, with t as the loop
-            gives it; returns logits (B, num_classes) and is differentiable.
+            gives it; returns logits (B, num_classes) and is differentiable. Or what
+            :func:`calguide_fast.models.load_classifier` returns.
         guidance: a :class:`calguide_fast.Guidance`; its defaults if not given. ``scale`` and ``tilt`` are applied here;
             ``sine_boost`` belongs to a sampler, which knows the variance, and so does ``rule="edm"``.
         schedule: the original process, before respacing. It says which noise level t is, for ``interval`` and
             ``model``; T decides how a rescaled t (``rescale_timesteps=True``: fractional, in 0..1000) is read.
-        classifier_input: ``"x0"`` or ``"xt"``.
+        classifier_input: ``"x0"`` or ``"xt"``; if not given, what a loaded classifier looks at, or ``"x0"``.
         model: ``model(x, t, y=labels)`` returning ε̂ (B, C, *spatial), or ε̂ and v: what the loop itself is given.
         classifier_transform: differentiable, applied to x̂₀ before the classifier.
         clip_denoised: clip x̂₀ to [−1, 1], as the loop does.
@@ -58,11 +61,12 @@ def as_cond_fn(
 
     Source: Dhariwal & Nichol, arXiv 2105.05233; the convention is that of openai/guided-diffusion.
     """
+    network, seen = as_single(classifier, classifier_input)
     return CondFn(
-        classifier,
+        network,
         Guidance() if guidance is None else guidance,
         Schedule.of(schedule),
-        classifier_input,
+        seen,
         model,
         classifier_transform,
         clip_denoised,
@@ -82,11 +86,12 @@ class CondFn:
         classifier_transform: Callable[[Tensor], Tensor] | None,
         clip_denoised: bool,
     ) -> None:
-        if not callable(classifier):
-            raise TypeError(f"classifier must be callable, got {type(classifier).__name__}")
         if not isinstance(guidance, Guidance):
             raise TypeError(f"guidance must be a Guidance or None, got {type(guidance).__name__}")
-        check_classifier_input(classifier_input)
+        if model is not None:
+            check_callable("model", model)
+        if classifier_transform is not None:
+            check_callable("classifier_transform", classifier_transform)
         if classifier_input == "xt" and (model is not None or classifier_transform is not None):
             raise ValueError("model and classifier_transform are for classifier_input='x0'")
         if guidance.sine_boost:

@@ -25,19 +25,38 @@ def schedule_of(model: Any) -> Schedule:
 
 
 def num_classes_of(
-    given: int | None, classifiers: Sequence[Callable[..., Tensor]], model: Any, null_class: int | None
+    given: int | None,
+    classifiers: Sequence[Callable[..., Tensor]],
+    model: Any,
+    class_conditional: bool,
+    null_class: int | None,
 ) -> int | None:
-    """How many classes there are to draw labels from, as far as anybody says."""
-    if given is not None:
-        return given
+    """How many classes there are to draw labels from, as far as anybody says.
+
+    Raises:
+        ValueError: no positive integer, more than the classifiers have, or networks that disagree.
+    """
+    if given is not None and (not is_integer(given) or given < 1):
+        raise ValueError(f"num_classes={given!r} must be a positive integer")
     numbers = {number for network in classifiers if (number := said(None, network, "num_classes")) is not None}
     if len(numbers) > 1:
         raise ValueError(f"the classifiers must have the same classes; their num_classes are {sorted(numbers)}")
+    known = said(None, model, "num_classes")
     if numbers:
-        return numbers.pop()
-    number = said(None, model, "num_classes")
+        (number,) = numbers
+        # the model may know one more, which is its null class
+        if class_conditional and known is not None and number not in (known, known - 1):
+            raise ValueError(
+                f"the classifier has num_classes={number} and the model {known}: they must be the same, or the model's "
+                "one more, for a null class"
+            )
+        if given is not None and given > number:
+            raise ValueError(f"num_classes={given} must be at most {number}, which are the classifier's")
+        return number if given is None else given
+    if given is not None:
+        return given
     # a model that was trained with a null class may count it, last, among its own
-    return number - 1 if number is not None and null_class == number - 1 else number
+    return known - 1 if known is not None and null_class == known - 1 else known
 
 
 def image_shape_of(shape: Sequence[int] | None, model: Any) -> tuple[int, ...]:

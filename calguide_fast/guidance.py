@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,9 @@ class Guidance:
         add_factor: a of EluCD's EDM rule, 0.3 there.
 
     Raises:
-        TypeError, ValueError: at construction, for a setting of the wrong type or out of its range.
+        TypeError, ValueError: at construction, for a setting of the wrong type or out of its range, and for one that
+            has no effect: adaptive entropy of no weight, ``tilt_on`` or ``tilt_max`` without a tilt. (α and ε without
+            a divergence are let be, and so is what belongs to the other rule.)
     """
 
     divergence: str = "js"
@@ -91,6 +93,7 @@ class Guidance:
             raise ValueError(f"rule={self.rule!r} must be 'score' or 'edm'")
         checks.number("max_guidance", self.max_guidance, low=0.0)
         checks.number("add_factor", self.add_factor)
+        self._check_effects()
 
     def _check_interval(self) -> None:
         try:
@@ -100,6 +103,26 @@ class Guidance:
         # an infinite upper end is the natural way to say "from lo up"
         if not (0 <= low < high):
             raise ValueError(f"interval={self.interval!r} must be (lo, hi) with 0 <= lo < hi")
+        object.__setattr__(self, "interval", (low, high))
+
+    def _check_effects(self) -> None:
+        """Refuse what was given and does nothing; a field at its default was not given.
+
+        α and ε pass without a divergence, as "none" is what others are compared with in a grid; and so do the scale and
+        the strengths of EluCD's rule without theirs, as they may be a preset's.
+        """
+        changed = self.changed()
+        for name, needed in (("adaptive_entropy", "entropy_weight"), ("tilt_on", "tilt"), ("tilt_max", "tilt")):
+            if name in changed and getattr(self, needed) == 0:
+                raise ValueError(f"{name}={changed[name]!r} has no effect without {needed}, which is 0")
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
+    def __repr__(self) -> str:
+        changes = [f"{name}={value!r}" for name, value in self.changed().items() if name != "divergence"]
+        return f"Guidance({', '.join([repr(self.divergence), *changes])})"
 
     @property
     def settings(self) -> Settings:
@@ -157,3 +180,16 @@ class Guidance:
 
 
 SETTINGS = frozenset(field.name for field in fields(Guidance))
+# what a classifier's logits are needed for; a cond_fn shows none
+OF_LOGITS = (
+    "alpha",
+    "epsilon",
+    "joint_temperature",
+    "marginal_temperature",
+    "entropy_weight",
+    "adaptive_entropy",
+    "entropy_scaling",
+    "tilt",
+    "tilt_on",
+    "tilt_max",
+)

@@ -16,8 +16,6 @@ from calguide_fast.ops.guidance import GuidanceStats
 from calguide_fast.ops.tilt import tilt_weights
 from calguide_fast.scratch import Scratch
 
-INPUTS = ("x0", "xt")
-
 
 class Guide(Protocol):
     """Gives image gradients."""
@@ -93,11 +91,6 @@ class OwnGradient:
 def as_member(network: Callable[..., Tensor], share: float = 1.0) -> Member:
     """A classifier as one of several, or alone."""
     return Member(network, share, dtype_of(network), layout_of(network))
-
-
-def check_classifier_input(value: str) -> None:
-    if value not in INPUTS:
-        raise ValueError(f"classifier_input={value!r} must be {' or '.join(map(repr, INPUTS))}")
 
 
 def weights_of(

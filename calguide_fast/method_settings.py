@@ -1,14 +1,18 @@
-"""Settings that some methods of sampling have and others would leave without effect."""
+"""Settings that some methods of sampling, or ways of guiding, have and others would leave without effect."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from calguide_fast.guidance import OF_LOGITS, Guidance
 from calguide_fast.karras import Churn
+from calguide_fast.schedule import VARIANCES
 
 
-def check_method_settings(method: str, eta: float, churn: Churn, sigma_range: Sequence[float | None]) -> None:
+def check_method_settings(
+    method: str, eta: float, churn: Churn, sigma_range: Sequence[float | None], variance: str = VARIANCES[0]
+) -> None:
     """Refuse what was asked for and would do nothing.
 
     Args:
@@ -16,6 +20,7 @@ def check_method_settings(method: str, eta: float, churn: Churn, sigma_range: Se
         eta: η of DDIM; 0 asks for nothing.
         churn: EDM's stochasticity; its defaults ask for nothing.
         sigma_range: the lowest and the highest noise level; None asks for nothing.
+        variance: of DDPM's steps; the default asks for nothing.
 
     Raises:
         ValueError: a setting that the method, or a churn of 0, leaves without effect.
@@ -25,6 +30,8 @@ def check_method_settings(method: str, eta: float, churn: Churn, sigma_range: Se
     asked: list[tuple[str, object, tuple[str, ...]]] = [(name, value, ("heun",)) for name, value in changed.items()]
     if eta:
         asked.append(("eta", eta, ("ddim",)))
+    if variance != VARIANCES[0]:
+        asked.append(("variance", variance, ("ddpm",)))
     if any(end is not None for end in sigma_range):
         asked.append(("sigma_range", tuple(sigma_range), ("heun", "dpmpp")))
     for name, value, methods in asked:
@@ -34,3 +41,21 @@ def check_method_settings(method: str, eta: float, churn: Churn, sigma_range: Se
     if changed and not churn.churn:
         name, value = next(iter(changed.items()))
         raise ValueError(f"{name}={value!r} has no effect without churn, which is 0")
+
+
+def check_cond_fn_settings(guidance: Guidance) -> None:
+    """Refuse settings of guidance that do nothing where a ``cond_fn`` gives the gradient itself.
+
+    Raises:
+        ValueError: a setting of what is made of a classifier's logits.
+    """
+    changed = guidance.changed()
+    # "none" says what is so
+    names = [name for name in OF_LOGITS if name in changed]
+    if changed.get("divergence", "none") != "none":
+        names.insert(0, "divergence")
+    if names:
+        raise ValueError(
+            f"{names[0]}={changed[names[0]]!r} has no effect with a cond_fn, which gives the gradient and shows no "
+            "logits: it needs a classifier"
+        )

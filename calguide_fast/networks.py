@@ -16,6 +16,13 @@ Network = Callable[..., Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def check_callable(name: str, network: Any) -> None:
+    """Raise a TypeError unless it can be called."""
+    if not callable(network):
+        module = "; give its .module" if isinstance(getattr(network, "module", None), nn.Module) else ""
+        raise TypeError(f"{name} must be callable, got {type(network).__name__}{module}")
+
+
 def prepared(name: str, network: Network, dtype: torch.dtype | None, channels_last: bool, compile: bool) -> Network:
     """The network to run in place of the caller's, which is left as it is; the same object if nothing is asked for.
 

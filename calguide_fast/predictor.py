@@ -69,14 +69,27 @@ class Predictor:
     ) -> Tensor:
         """The network's output at x and (B,) timesteps or noise levels, with classifier-free guidance if there is."""
         if not self.class_conditional:
-            return network(x, level, **self.model_kwargs)
+            return _checked(network(x, level, **self.model_kwargs))
         if self.cfg_scale == 1.0 or self.null_class is None:
-            return network(x, level, y=labels, **self.model_kwargs)
+            return _checked(network(x, level, y=labels, **self.model_kwargs))
         null = torch.full_like(labels, self.null_class)
         twice = torch.cat([x, x], out=scratch.take("twice", x, shape=(2 * len(x), *x.shape[1:])))
-        both = network(twice, level.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs)
+        both = _checked(network(twice, level.repeat(2), y=torch.cat([labels, null]), **self.model_kwargs))
         conditional, unconditional = both.chunk(2)
         mixed, channels = scratch.take("mixed", conditional), self.channels
         torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.cfg_scale, out=mixed[:, :channels])
         mixed[:, channels:] = conditional[:, channels:]
         return mixed
+
+
+def _checked(output: Any) -> Tensor:
+    """What a network returned, if it is a tensor."""
+    if isinstance(output, Tensor):
+        return output
+    hint = ""
+    if hasattr(output, "sample") or isinstance(output, dict) and "sample" in output:
+        hint = "; calguide_fast.models.from_diffusers takes networks of diffusers, whose outputs have .sample"
+    raise TypeError(
+        f"the model must return a tensor: eps (B, C, *spatial), eps and v (B, 2C, *spatial), or the denoised images; "
+        f"got {type(output).__name__}{hint}"
+    )

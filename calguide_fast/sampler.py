@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from calguide_fast.classifiers import Classifier, as_given
 from calguide_fast.declared import denoiser_range_of, image_shape_of, num_classes_of, said, schedule_of
 from calguide_fast.diffusion_step import DiffusionStep
 from calguide_fast.draws import Draws, Noise, check_noise
 from calguide_fast.ensemble import shares
 from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance
-from calguide_fast.guides import Classifiers, Guide, OwnGradient, as_member, check_classifier_input
+from calguide_fast.guides import Classifiers, Guide, OwnGradient, as_member
 from calguide_fast.karras import Churn, KarrasLevels, as_range, within
-from calguide_fast.method_settings import check_method_settings
-from calguide_fast.networks import denoise_of, device_of, dtype_of, frozen, prepared
+from calguide_fast.method_settings import check_cond_fn_settings, check_method_settings
+from calguide_fast.networks import check_callable, denoise_of, device_of, dtype_of, frozen, prepared
 from calguide_fast.noise import as_seeds, draw_labels
 from calguide_fast.ops.checks import check_labels, is_integer, number
 from calguide_fast.ops.coefficients import Coefficient
@@ -36,7 +37,6 @@ from calguide_fast.steps import Inputs, Kind, Left, Parts, State
 from calguide_fast.trajectory import Trajectory
 
 Model = Callable[..., Tensor]
-Classifier = Callable[..., Tensor]
 
 
 class Step(NamedTuple):
@@ -71,14 +71,18 @@ class FDivSampler:
             ``denoise(x, sigma, **model_kwargs)``, x float32 in EDM's scaling and sigma (B,) float32, that returns the
             denoised images, and with ``sigma_min`` and ``sigma_max``.
         classifier: ``classifier(x0)`` or, for ``classifier_input="xt"``, ``classifier(x_t, t)``; returns logits
-            (B, num_classes) and is differentiable. A list of several guides by the mean of their scores. The images it
-            is given are a buffer that the next step overwrites: one that keeps them must clone them.
+            (B, num_classes) and is differentiable. Or what :func:`calguide_fast.models.load_classifier` returns. A
+            list of several guides by the mean of their scores. The images it is given are a buffer that the next step
+            overwrites: one that keeps them must clone them. Without one, and without a ``cond_fn``, the model alone is
+            sampled.
         guidance: a :class:`Guidance`, or None to sample without. Its fields may be given as keywords instead:
-            ``FDivSampler(model, classifier, divergence="js", alpha=0.5)``.
+            ``FDivSampler(model, classifier, divergence="js", alpha=0.5)``. If neither is given, ``Guidance()`` where
+            there is a classifier or a ``cond_fn``, and otherwise None; settings with nothing to guide are an error.
         schedule: ``"linear"``, ``"cosine"``, a :class:`calguide_fast.schedule.Schedule` or a (T,) table of betas; if
             not given, the Schedule that ``model.schedule`` is, as an adapter's is, or the linear one.
         classifier_input: ``"x0"``: an off-the-shelf classifier of clean images sees the clipped x̂₀, and the gradient
             is taken there, with no pass back through the model (EluCD). ``"xt"``: a noise-aware one sees x_t (ADM-G).
+            If not given, what a loaded classifier looks at, or ``"x0"``.
         cond_fn: ``cond_fn(x_t, t, y=labels, **model_kwargs)`` returning an image gradient, in place of a classifier
             (guided-diffusion's convention).
         classifier_weights: of the classifiers in a list, in place of equal ones; their sum does not matter, and one
@@ -88,10 +92,11 @@ class FDivSampler:
         cfg_scale: classifier-free guidance ε̂ = ε̂_u + w (ε̂_c − ε̂_u); 1 is the conditional model by itself.
         null_class: the label that makes the model unconditional, for ``cfg_scale``; never drawn.
         class_conditional: whether the model takes ``y``; read off ``model.class_conditional`` if not given.
-        num_classes: of the labels; read off the classifier or the model if not given.
+        num_classes: of the labels; read off the classifier or the model if not given. A classifier and a
+            class-conditional model that declare theirs must agree, but for a null class that the model counts last.
         shape: (C, *spatial) of one image; read off ``model.in_channels`` and ``model.image_size`` if not given.
-        variance: ``"fixed_small"`` or ``"fixed_large"``, for models that predict no v.
-        eta: η of DDIM; as churn and sigma_range, an error with a method that it does nothing for.
+        variance: ``"fixed_small"`` or ``"fixed_large"`` of DDPM's steps, for models that predict no v.
+        eta: η of DDIM; as variance, churn and sigma_range, an error with a method that it does nothing for.
         churn, s_tmin, s_tmax, s_noise: EDM's stochasticity of ``"heun"``: see
             :class:`calguide_fast.karras.Churn`.
         sigma_range: (lowest, highest) noise level of ``"heun"`` and ``"dpmpp"``, in EDM's units; EDM's (0.002, 80), as
@@ -130,7 +135,7 @@ class FDivSampler:
         classifier: Classifier | Sequence[Classifier] | None = None,
         guidance: Guidance | None | _Missing = _DEFAULT,
         schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor | None = None,
-        classifier_input: str = "x0",
+        classifier_input: str | None = None,
         *,
         cond_fn: Callable[..., Tensor] | None = None,
         classifier_weights: Sequence[float] | None = None,
@@ -158,23 +163,27 @@ class FDivSampler:
         channels_last: bool = False,
         **guidance_settings: Any,
     ) -> None:
+        check_callable("model", model)
+        for name, function in (("cond_fn", cond_fn), ("classifier_transform", classifier_transform)):
+            if function is not None:
+                check_callable(name, function)
+        given = as_given(classifier, classifier_input)
         self.guidance = _resolve_guidance(guidance, guidance_settings, classifier is not None or cond_fn is not None)
         self.model = model = prepared("model", model, dtype, channels_last, compile)
         self._denoise = denoise_of(model, compile)
-        given = _as_tuple(classifier)
-        networks = tuple(prepared("classifier", network, dtype, channels_last, compile) for network in given)
+        networks = tuple(prepared("classifier", network, dtype, channels_last, compile) for network in given.networks)
         # one of no weight is not asked: 0 times its NaN would be NaN
         shared = zip(networks, shares(len(networks), classifier_weights))
         self._members = tuple(as_member(network, share) for network, share in shared if share)
-        self.classifier = networks if isinstance(classifier, _LISTS) else networks[0] if networks else None
+        self.classifier = networks if given.several else networks[0] if networks else None
         self.cond_fn = cond_fn
         self.group = group
         self.schedule = schedule_of(model) if schedule is None else Schedule.of(schedule)
-        self.classifier_input = classifier_input
+        self.classifier_input = given.classifier_input
         self.cfg_scale = number("cfg_scale", cfg_scale)
         self.null_class = null_class
         self.class_conditional = said(class_conditional, model, "class_conditional", False)
-        self.num_classes = num_classes_of(num_classes, networks, model, null_class)
+        self.num_classes = num_classes_of(num_classes, networks, model, self.class_conditional, null_class)
         self.shape = image_shape_of(shape, model)
         self.variance = variance
         self.eta = number("eta", eta, low=0.0)
@@ -190,16 +199,14 @@ class FDivSampler:
         self._check()
 
     def _check(self) -> None:
-        check_classifier_input(self.classifier_input)
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} must be one of {', '.join(map(repr, VARIANCES))}")
         if self._members and self.cond_fn is not None:
             raise ValueError("give a classifier or a cond_fn, not both")
         if self.guidance is not None and not self._members and self.cond_fn is None:
             raise ValueError("guidance needs a classifier or a cond_fn; guidance=None samples without")
-        needs_logits = self.guidance is not None and (self.guidance.tilt or self.guidance.entropy_scaling is not None)
-        if self.cond_fn is not None and needs_logits:
-            raise ValueError("tilt and entropy_scaling need a classifier's logits, which a cond_fn does not show")
+        if self.cond_fn is not None and self.guidance is not None:
+            check_cond_fn_settings(self.guidance)
         if self.classifier_transform is not None and not self._sees_x0:
             raise ValueError("classifier_transform needs a classifier with classifier_input='x0'")
         if self._follows_edm_rule and not self._sees_x0:
@@ -212,6 +219,22 @@ class FDivSampler:
         for name, network in networks:
             if getattr(network, "training", False):
                 raise ValueError(f"the {name} is in training mode; call {name}.eval() first")
+
+    def __repr__(self) -> str:
+        networks = self.classifier if isinstance(self.classifier, tuple) else (self.classifier,)
+        guides = [_name(network) for network in networks]
+        parts = [
+            _name(self.model),
+            f"[{', '.join(guides)}]" if isinstance(self.classifier, tuple) else guides[0],
+            repr(self.guidance),
+            *([] if self.cond_fn is None else [f"cond_fn={_name(self.cond_fn)}"]),
+            *([f"classifier_input={self.classifier_input!r}"] if self._members else []),
+            f"shape={self.shape}",
+            f"num_classes={self.num_classes}",
+            *([] if self.cfg_scale == 1.0 else [f"cfg_scale={self.cfg_scale:g}", f"null_class={self.null_class}"]),
+            f"device='{self.device}'",
+        ]
+        return f"FDivSampler({', '.join(parts)})"
 
     @property
     def _sees_x0(self) -> bool:
@@ -253,7 +276,8 @@ class FDivSampler:
             steps: OpenAI's respacing: ``"250"``, 250, ``"10,15,20"``, ``"ddim25"``. For ``"heun"`` and ``"dpmpp"`` an
                 integer: how many noise levels to visit, spaced as Karras et al. do.
             method: ``"ddpm"``, ``"ddim"``, ``"heun"`` or ``"dpmpp"``.
-            batch_size: images at a time, all at once if None. Tilting weighs the images of a batch against each other.
+            batch_size: images at a time, all at once if None. Tilting weighs the images of a batch against each other,
+                and 1 is refused with it.
             noise: every Gaussian draw, in place of the seeds': (steps+1, N, C, *spatial), x_T first, then one for each
                 step in order of use (and two more for each repetition), or a callable that returns them for the current
                 batch one by one.
@@ -276,9 +300,14 @@ class FDivSampler:
         count = wanted if isinstance(wanted, int) else len(wanted)
         seeds = as_seeds(seeds, count)
         labels = draw_labels(seeds, self._known_classes()) if isinstance(wanted, int) else wanted
-        batch_size = max(count, 1) if batch_size is None else batch_size
-        if not is_integer(batch_size) or batch_size < 1:
+        if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
+        if batch_size == 1 and self.group is None and self.guidance is not None and self.guidance.tilt:
+            raise ValueError(
+                f"tilt={self.guidance.tilt!r} has no effect with batch_size={batch_size}: it weighs the images of a "
+                "batch against each other"
+            )
+        batch_size = max(count, 1) if batch_size is None else batch_size
         guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
         check_noise(noise, len(timeline), (recurrence - 1) * guided, count, self.shape)
 
@@ -315,7 +344,7 @@ class FDivSampler:
         allowed = (*METHODS, *SOLVERS)
         if method not in allowed:
             raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, allowed))}")
-        check_method_settings(method, self.eta, self.churn, self.sigma_range)
+        check_method_settings(method, self.eta, self.churn, self.sigma_range, self.variance)
         if method != "ddpm" and self.guidance is not None and self.guidance.sine_boost:
             raise ValueError("sine_boost belongs to method='ddpm'")
         if method != "heun" and self._follows_edm_rule:
@@ -426,7 +455,10 @@ class FDivSampler:
             if labels < 0:
                 raise ValueError(f"labels={labels} must not be negative, as a number of images")
             return int(labels)
-        labels = torch.as_tensor(labels, device="cpu")
+        try:
+            labels = torch.as_tensor(labels, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"labels={labels!r} must be a number of images, or (N,) integers") from None
         if labels.ndim != 1 or (labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool)):
             raise ValueError(f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         # a copy: one made in inference mode could not take part in a classifier's backward pass
@@ -439,6 +471,11 @@ class FDivSampler:
         if self.num_classes is None:
             raise ValueError("to draw labels the sampler must know num_classes; give it or the labels themselves")
         return self.num_classes
+
+
+def _name(network: Any) -> str:
+    """A function's own name, and of anything else that of its class."""
+    return "None" if network is None else getattr(network, "__name__", type(network).__name__)
 
 
 class _Batch(NamedTuple):
@@ -468,15 +505,3 @@ def _resolve_guidance(guidance: Guidance | None | _Missing, settings: dict[str, 
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(f"guidance must be a Guidance or None, got {type(guidance).__name__}")
     return guidance
-
-
-# what several classifiers may be given in
-_LISTS = (list, tuple, nn.ModuleList)
-
-
-def _as_tuple(classifier: Any) -> tuple[Classifier, ...]:
-    if isinstance(classifier, _LISTS):
-        if not len(classifier):
-            raise ValueError("classifier=[] must hold at least one classifier")
-        return tuple(classifier)
-    return () if classifier is None else (classifier,)

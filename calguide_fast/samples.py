@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from calguide_fast.guidance import ImageGradient
 from calguide_fast.karras import KarrasLevels
 from calguide_fast.schedule import Timeline
+from calguide_fast.summary import summary
+
+if TYPE_CHECKING:
+    from PIL import Image
 from calguide_fast.trajectory import Trajectory
 
 
@@ -36,6 +40,8 @@ class Diagnostics:
     timesteps: Tensor
     sigmas: Tensor
     values: Tensor
+
+    __repr__ = summary
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -92,6 +98,8 @@ class Samples:
     diagnostics: Diagnostics | None = None
     trajectory: Trajectory | None = None
 
+    __repr__ = summary
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -142,6 +150,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def image_grid(pixels: Tensor, columns: int | None = None, zoom: int = 1) -> Image.Image:
     """One picture of (N, H, W, 1 or 3) uint8 images, row by row, with a thin gap between them."""
+    # a fifth of the package's own time to import, which who draws no pictures does without
+    from PIL import Image
+
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or len(pixels) == 0:
         raise ValueError(f"a grid needs images of shape (N >= 1, H, W, 1 or 3), got {tuple(pixels.shape)}")
     for name, value in (("columns", columns), ("zoom", zoom)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calguide_fast.ops.checks import is_integer
+from calguide_fast.summary import summary
 
 OF = ("x", "x0")
 
@@ -28,6 +29,8 @@ class Trajectory:
     steps: Tensor
     sigmas: Tensor
     images: Tensor
+
+    __repr__ = summary
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -15,6 +15,7 @@ METHODS = ("ddpm", "ddim", "heun", "dpmpp")
     [
         ({}, METHODS, None),
         ({"eta": 0.5}, ["ddim"], r"eta=0.5 has no effect with method='{}': it needs 'ddim'"),
+        ({"variance": "fixed_large"}, ["ddpm"], r"variance='fixed_large' .* method='{}': it needs 'ddpm'"),
         ({"churn": Churn(3.0)}, ["heun"], r"churn=3.0 has no effect with method='{}': it needs 'heun'"),
         ({"churn": Churn(3.0, 0.1, 9.0, 1.1)}, ["heun"], r"churn=3.0 has no effect with method='{}'"),
         ({"sigma_range": (0.1, None)}, ["heun", "dpmpp"], r"sigma_range=\(0.1, None\) .*'{}': it needs 'heun' or 'dpm"),

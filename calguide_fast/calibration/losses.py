@@ -84,14 +84,17 @@ class SmoothECELoss(nn.Module):
     (held out, or augmented), and compare held-out values before and after.
 
     Args:
-        bandwidth: σ ≥ 0.001, fixed, or None for the one at which σ and value agree.
+        bandwidth: σ in 0.001..1, fixed, or None for the one at which σ and value agree. It is in units of confidence,
+            and no number of bins.
 
     Source: Błasiok & Nakkiran, ICLR 2024, arXiv 2309.12236.
     """
 
     def __init__(self, bandwidth: float | None = None) -> None:
         super().__init__()
-        self.bandwidth = None if bandwidth is None else checks.number("bandwidth", bandwidth, low=LEAST_BANDWIDTH)
+        self.bandwidth = (
+            None if bandwidth is None else checks.number("bandwidth", bandwidth, low=LEAST_BANDWIDTH, high=1.0)
+        )
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return smooth_ece_from_logits(logits, labels, bandwidth=self.bandwidth).value

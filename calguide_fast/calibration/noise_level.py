@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from calguide_fast.calibration.predictions import measure_calibration
+from calguide_fast.classifiers import Classifier, as_single
+from calguide_fast.networks import check_callable
 from calguide_fast.noise import as_seeds
 from calguide_fast.ops import checks
 from calguide_fast.ops.noise import sampling_noise
@@ -54,13 +56,13 @@ class Noising:
 @torch.inference_mode(False)
 @torch.no_grad()
 def calibration_by_noise_level(
-    classifier: Callable[..., Tensor],
+    classifier: Classifier,
     model: Callable[..., Tensor] | None,
     images: Tensor,
     labels: Tensor,
     schedule: str | Schedule | Sequence[float] | np.ndarray | Tensor = "linear",
     timesteps: int | Sequence[int] = 20,
-    input: str = "x0",
+    input: str | None = None,
     *,
     repeats: int = 1,
     batch_size: int = 256,
@@ -78,6 +80,7 @@ def calibration_by_noise_level(
 
     Args:
         classifier: ``classifier(x0)`` or, for ``input="xt"``, ``classifier(x_t, t)``; returns logits (B, num_classes).
+            Or what :func:`calguide_fast.models.load_classifier` returns.
         model: as :class:`calguide_fast.FDivSampler` takes it, ε̂ (B, C, …) or ε̂ and v (B, 2C, …); None for
             ``input="xt"``, or to show a classifier of clean images what noise alone does to it.
         images: (N, C, *spatial) clean images in [−1, 1], on the classifier's device. Held-out ones, which neither
@@ -85,7 +88,7 @@ def calibration_by_noise_level(
         labels: (N,) integers.
         schedule: as :meth:`calguide_fast.schedule.Schedule.of`; the model's or the noise-aware classifier's own.
         timesteps: which, or how many, evenly spaced from first to last.
-        input: ``"x0"`` or ``"xt"``.
+        input: ``"x0"`` or ``"xt"``; if not given, what a loaded classifier looks at, or ``"x0"``.
         repeats: draws of noise for each image, whose predictions are measured together.
         batch_size: images at a time.
         class_conditional: whether the model takes ``y``; read off ``model.class_conditional`` if not given.
@@ -104,12 +107,13 @@ def calibration_by_noise_level(
     for name, value in (("repeats", repeats), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
-    if input not in ("x0", "xt"):
-        raise ValueError(f"input={input!r} must be 'x0' or 'xt'")
+    network, input = as_single(classifier, input, "input")
+    if model is not None:
+        check_callable("model", model)
     if input == "xt" and model is not None:
         raise ValueError("a classifier of (x_t, t) needs no model: give model=None with input='xt'")
-    for name, network in (("model", model), ("classifier", classifier)):
-        if getattr(network, "training", False):
+    for name, one in (("model", model), ("classifier", network)):
+        if getattr(one, "training", False):
             raise ValueError(f"the {name} is in training mode; call {name}.eval() first")
     checks.floating("images", images)
     if images.ndim < 3 or len(images) == 0:
@@ -129,12 +133,12 @@ def calibration_by_noise_level(
             batch = slice(start, start + batch_size)
             for timestep, (t, x_t), found in zip(chosen, noising(images[batch].float(), start, draw), logits):
                 if input == "xt":
-                    found.append(classifier(x_t, t))
+                    found.append(network(x_t, t))
                     continue
                 if model is not None:
                     output = model(x_t, t, y=shown_labels[batch]) if class_conditional else model(x_t, t)
                     x_t = predict_x0(x_t, output, coefficients[timestep], clip_denoised)
-                found.append(classifier(x_t if classifier_transform is None else classifier_transform(x_t)))
+                found.append(network(x_t if classifier_transform is None else classifier_transform(x_t)))
     return measure_by_noise_level([torch.cat(found) for found in logits], labels.repeat(repeats), schedule, chosen)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calguide_fast.calibration.predictions import check_predictions
+from calguide_fast.networks import check_callable
 from calguide_fast.ops import checks
 
 _TOLERANCE = 1e-12  # of log T
@@ -119,6 +120,7 @@ class CalibratedClassifier(nn.Module):
 
     def __init__(self, classifier: Callable[..., Tensor], scaling: nn.Module) -> None:
         super().__init__()
+        check_callable("classifier", classifier)
         self.classifier, self.scaling = classifier, scaling
         # a sampler reads both off a classifier; train() would set the classifier's own modules, too
         self.num_classes = getattr(classifier, "num_classes", None)

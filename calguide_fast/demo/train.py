@@ -216,7 +216,7 @@ def measure_all(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def train_demo(
-    out_dir: Path | str | None = None,
+    out_dir: Path | str,
     diffusion: DiffusionRecipe = UNET,
     classifiers: dict[str, ClassifierRecipe] | None = None,
     progress: bool = True,
@@ -227,12 +227,12 @@ def train_demo(
     differ by rounding, which training amplifies.
 
     Args:
-        out_dir: the folder to write to; the package's own assets if None.
+        out_dir: the folder to write to, from which `checkpoints.load_unet` and its like read.
         diffusion: the recipe of the diffusion model.
         classifiers: the recipes of the guide, its overconfident twin and the judge, by name.
         progress: show progress bars and figures.
     """
-    folder = checkpoints.ASSETS if out_dir is None else Path(out_dir)
+    folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     recipes = classifiers or {
         checkpoints.GUIDE: GUIDE,

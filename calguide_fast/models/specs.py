@@ -74,6 +74,10 @@ def load_unet(preset: str, path: str | os.PathLike[str]) -> UNet:
         ValueError: for an unknown preset, and as `load_checkpoint`; if the weights are those of another network known
             here, the message names it.
     """
+    if preset == "digits":
+        raise ValueError(
+            "preset='digits' is of the demo, whose networks are calguide_fast.demo.checkpoints.load_unet()"
+        )
     with torch.device("meta"):
         module = adm_unet(preset)
     return _with_weights(module, preset, read_state(existing_file(path)), path)

@@ -44,10 +44,16 @@ def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def no_tensor(name: str, value: Any) -> TypeError:
+    """The error of what should be a tensor."""
+    way = "; torch.from_numpy makes one of it" if isinstance(value, np.ndarray) else ""
+    return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{way}")
+
+
 def floating(name: str, tensor: Any) -> None:
     """Raise TypeError unless ``tensor`` is a tensor of float32, bfloat16, float16 or float64."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise no_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
 
@@ -60,7 +66,7 @@ def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
 def shaped(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     """Raise unless ``tensor`` is a tensor of this shape."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise no_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
 
@@ -89,7 +95,7 @@ def logits_and_labels(logits: Any, labels: Any) -> Tensor:
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C) with at least one class")
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+        raise no_tensor("labels", labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels has dtype {labels.dtype}; it must be an integer type")
     if labels.ndim != 1 or labels.shape[0] != logits.shape[0]:

@@ -25,13 +25,18 @@ def parse_divergence(name: str) -> tuple[int, float]:
     """Turn a divergence's name into ``(code, order)``; ``order`` is a for ``"alpha:a"`` and 0.0 otherwise.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is not in the table, or the order of ``"alpha:a"`` is not a finite number.
     """
-    if isinstance(name, str):
-        if name.startswith("alpha:"):
-            return _parse_order(name)
-        if name in CODES and name != "alpha":
-            return CODES[name], 0.0
+    if not isinstance(name, str):
+        raise TypeError(
+            f"divergence must be a name, such as 'js', got {type(name).__name__}; of an object that holds settings, "
+            "as a Guidance does, give the fields one by one (divergence=…, alpha=…), or call its image_gradient"
+        )
+    if name.startswith("alpha:"):
+        return _parse_order(name)
+    if name in CODES and name != "alpha":
+        return CODES[name], 0.0
     known = ", ".join(repr(known) for known in CODES if known != "alpha")
     raise ValueError(f"divergence={name!r} is not known; choose one of {known} or 'alpha:a' with a number a")
 

@@ -119,6 +119,9 @@ def test_settings_are_checked_when_they_are_given():
         HuberECELoss(beta=-1)
     with pytest.raises(ValueError, match="bandwidth=0 must be"):
         SmoothECELoss(bandwidth=0)
+    # a habit of losses with bins
+    with pytest.raises(ValueError, match="bandwidth=15 must be between 0.001 and 1"):
+        SmoothECELoss(15)
 
 
 def test_the_names_are_public():

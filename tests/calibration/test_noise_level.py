@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from calguide_fast.calibration import calibration_by_noise_level, measure_calibration
+from calguide_fast.calibration import TemperatureScaling, calibration_by_noise_level, measure_calibration
+from calguide_fast.models import LoadedClassifier
 from calguide_fast.schedule import Schedule
 
 # two classes, told apart by the sign of the images' mean
@@ -125,3 +126,22 @@ def test_unusable_arguments_are_named(settings, message):
     arguments = {"classifier": by_mean, "model": None, "images": IMAGES, "labels": LABELS, "schedule": SCHEDULE}
     with pytest.raises(ValueError, match=message):
         calibration_by_noise_level(**{**arguments, **settings})
+
+
+@pytest.mark.parametrize("seen", ["x0", "xt"])
+def test_a_loaded_classifier_brings_what_it_looks_at(seen):
+    class Mean(nn.Module):
+        def forward(self, x, *t):
+            assert len(t) == (seen == "xt")
+            return by_mean(x)
+
+    loaded = LoadedClassifier(Mean().eval(), seen, None)
+    found, expected = (
+        calibration_by_noise_level(one, None, IMAGES, LABELS, SCHEDULE, **options)
+        for one, options in ((loaded, {}), (loaded.module, {"input": seen}))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    with pytest.raises(TypeError, match="classifier must be callable, got int"):
+        calibration_by_noise_level(3, None, IMAGES, LABELS, SCHEDULE)
+    with pytest.raises(TypeError, match="classifier must be callable, got LoadedClassifier; give its .module"):
+        TemperatureScaling().wrap(loaded)

@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
+from calguide_fast.cli import main
 from calguide_fast.demo import checkpoints
+from calguide_fast.demo import train as training
 from calguide_fast.demo.data import load_split
 from calguide_fast.demo.train import (
     ClassifierRecipe,
@@ -124,6 +127,13 @@ def test_all_four_checkpoints_are_written_and_read_back(tmp_path, monkeypatch):
     measured = measure_all(folder)
     for name, figures in card["measured_on_test_digits"].items():
         assert measured[name] == pytest.approx(figures, abs=1e-4)
+
+
+@pytest.mark.parametrize(("arguments", "folder"), [([], "out/train-demo"), (["--out", "mine"], "mine")])
+def test_the_command_leaves_the_packages_own_networks_alone(arguments, folder, monkeypatch):
+    folders = []
+    monkeypatch.setattr(training, "train_demo", folders.append)
+    assert main(["train-demo", *arguments]) == 0 and folders == [Path(folder)]
 
 
 def test_the_shipped_checkpoints_reach_what_their_card_says():

@@ -12,6 +12,7 @@ from formulas import assert_near
 from torch import nn
 
 from calguide_fast import FDivSampler
+from calguide_fast.demo.checkpoints import load_unet
 from calguide_fast.models import as_denoiser, from_edm, from_k_diffusion
 from calguide_fast.schedule import Schedule
 
@@ -259,6 +260,9 @@ def test_compiled():
 def test_errors():
     with pytest.raises(TypeError, match="the network must be callable, got int"):
         from_edm(3)
+    for adapter in (from_edm, from_k_diffusion):
+        with pytest.raises(TypeError, match=r"must be a denoiser net\(x, sigma\), and this package's UNet takes no"):
+            adapter(load_unet())
     with pytest.raises(TypeError, match="model must be callable, got int"):
         as_denoiser(3, "linear")
     with pytest.raises(ValueError, match="sigma_min=90.0 and sigma_max=80.0 must be 0 < sigma_min < sigma_max"):

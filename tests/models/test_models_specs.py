@@ -90,6 +90,8 @@ def test_a_wrong_spec_is_told_what_is_allowed(spec):
 def test_a_wrong_setting(tmp_path):
     with pytest.raises(ValueError, match="preset must be one of imagenet64.*got 'imagenet100'"):
         load_unet("imagenet100", tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"the demo, whose networks are calguide_fast.demo.checkpoints.load_unet\(\)"):
+        load_unet("digits", tmp_path / "a.pt")
     with pytest.raises(ValueError, match="softplus_beta=3.0 is for ResNets.*imagenet64 has none"):
         load_classifier("imagenet64:a.pt", softplus_beta=3.0)
 

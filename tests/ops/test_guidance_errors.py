@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from calguide_fast import guidance_gradient, guidance_score
+from calguide_fast import Guidance, guidance_gradient, guidance_score
 
 LOGITS, LABELS = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
 
@@ -22,8 +22,8 @@ LOGITS, LABELS = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
         ({"divergence": "alpha:two"}, ValueError, "must be a finite number, got 'two'"),
         ({"divergence": "alpha:inf"}, ValueError, "must be a finite number, got 'inf'"),
         ({"divergence": "alpha:nan"}, ValueError, "must be a finite number, got 'nan'"),
-        ({"divergence": None}, ValueError, "divergence=None is not known"),
-        ({"divergence": 3}, ValueError, "divergence=3 is not known"),
+        ({"divergence": None}, TypeError, "divergence must be a name, such as 'js', got NoneType"),
+        ({"divergence": Guidance("js")}, TypeError, "got Guidance; .* the fields one by one .* its image_gradient"),
         ({"alpha": -0.1}, ValueError, "alpha=-0.1 must be finite and at least 0"),
         ({"alpha": math.inf}, ValueError, "alpha=inf must be finite"),
         ({"alpha": "1"}, TypeError, "alpha must be a number, got '1' of type str"),

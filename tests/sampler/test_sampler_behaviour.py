@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from literal import ddpm, double, gradient_at
 from toys import classifier, unet
 
-from calguide_fast import FDivSampler, Guidance, Samples, guidance_gradient, tilt_weights, use_backend
+from calguide_fast import FDivSampler, Guidance, Samples, as_cond_fn, guidance_gradient, tilt_weights, use_backend
+from calguide_fast.models import LoadedClassifier
 from calguide_fast.ops.noise import sampling_noise
 
 SEEDS = [5, 2**63, 2**64 - 1, 0, 17, 3, 2**40]
@@ -392,12 +394,30 @@ CONSTRUCTION = [
     ({"schedule": "quadratic"}, ValueError, "schedule='quadratic'"),
     ({"cond_fn": lambda x, t, y: x}, ValueError, "give a classifier or a cond_fn, not both"),
     ({"classifier": None, "alpha": 1.0}, ValueError, "guidance needs a classifier or a cond_fn"),
-    ({"classifier": None, "cond_fn": lambda x, t, y: x, "tilt": 1.0}, ValueError, "tilt and entropy_scaling need"),
+    (
+        {"classifier": None, "cond_fn": lambda x, t, y: x, "tilt": 1.0},
+        ValueError,
+        "tilt=1.0 has no effect with a cond_fn",
+    ),
     (
         {"classifier": None, "cond_fn": lambda x, t, y: x, "entropy_scaling": 2.0},
         ValueError,
-        "tilt and entropy_scaling",
+        "entropy_scaling=2.0 has no effect with a cond_fn, .* it needs a classifier",
     ),
+    (
+        {"classifier": None, "cond_fn": lambda x, t, y: x, "guidance": Guidance("forward_kl", alpha=7.0)},
+        ValueError,
+        "divergence='forward_kl' has no effect with a cond_fn",
+    ),
+    ({"tilt_max": 3.0}, ValueError, "tilt_max=3.0 has no effect without tilt, which is 0"),
+    ({"tilt_on": "score"}, ValueError, "tilt_on='score' has no effect without tilt"),
+    ({"adaptive_entropy": True}, ValueError, "adaptive_entropy=True has no effect without entropy_weight, which is 0"),
+    ({"classifier": 3}, TypeError, "classifier must be callable, got int"),
+    ({"classifier": [abs, "resnet"]}, TypeError, r"classifier\[1\] must be callable, got str"),
+    ({"classifier": None, "cond_fn": 3}, TypeError, "cond_fn must be callable, got int"),
+    ({"classifier_transform": (0.5, 0.5)}, TypeError, "classifier_transform must be callable, got tuple"),
+    ({"num_classes": 6}, ValueError, "num_classes=6 must be at most 5, which are the classifier's"),
+    ({"num_classes": "5"}, ValueError, "num_classes='5' must be a positive integer"),
     ({"cfg_scale": 2.0}, ValueError, "cfg_scale=2.0 needs a class-conditional model and its null_class"),
     ({"cfg_scale": math.nan}, ValueError, "cfg_scale=nan must be finite"),
     ({"churn": -1}, ValueError, "churn=-1 must be finite and at least 0"),
@@ -462,6 +482,8 @@ def test_a_shape_that_nobody_knows():
         ({"labels": LABELS + 1}, ValueError, r"labels\[2\]=5 is out of range: labels must lie in 0\.\.4"),
         ({"labels": -1}, ValueError, "labels=-1"),
         ({"labels": True}, ValueError, "labels must be"),
+        ({"labels": "3"}, TypeError, r"labels='3' must be a number of images, or \(N,\) integers"),
+        ({"labels": None}, TypeError, "labels=None must be a number of images"),
         ({"noise": torch.zeros(5, 7, 3, 6, 6)}, ValueError, r"noise has shape \(5, 7, 3, 6, 6\).*\(6, 7, 3, 6, 6\)"),
         ({"noise": torch.zeros(6, 7, 3, 6, 5)}, ValueError, r"noise has shape \(6, 7, 3, 6, 5\)"),
         (
@@ -507,6 +529,7 @@ def test_wrong_calls_of_solvers():
         ({"churn": 2.0}, ("ddpm", "ddim", "dpmpp"), "churn=2.0 has no effect with method='{}'"),
         ({"s_noise": 1.1}, ("heun",), "s_noise=1.1 has no effect without churn"),
         ({"sigma_range": (0.1, None)}, ("ddpm", "ddim"), r"sigma_range=\(0.1, None\) has no effect with method='{}'"),
+        ({"variance": "fixed_large"}, ("ddim", "heun", "dpmpp"), "variance='fixed_large' .*'{}': it needs 'ddpm'"),
     ],
 )
 def test_settings_that_the_method_leaves_without_effect(settings, methods, message):
@@ -551,6 +574,87 @@ def test_more_wrong_calls():
         sample(FDivSampler(unet(), cond_fn=lambda x, t, y: x[:, :1]))
     with pytest.raises(ValueError, match="eta=9.0 is too large"):
         sample(FDivSampler(unet(), eta=9.0), method="ddim")
+
+
+def test_a_tilt_of_one_image_at_a_time():
+    with pytest.raises(ValueError, match="tilt=0.3 has no effect with batch_size=1"):
+        sample(guided(tilt=0.3), batch_size=1)
+    assert len(sample(guided(tilt=0.3), [1], [1])) == 1
+
+
+@pytest.mark.parametrize("method", ["ddpm", "heun"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (dict(out=1), "the model must return a tensor: eps .*; got dict$"),
+        (dict(sample=1), "got dict; calguide_fast.models.from_diffusers takes networks of diffusers"),
+        (SimpleNamespace(sample=1), "got SimpleNamespace; calguide_fast.models.from_diffusers"),
+        (None, "got NoneType$"),
+    ],
+)
+def test_a_model_that_returns_no_tensor(output, message, method):
+    with pytest.raises(TypeError, match=message):
+        sample(FDivSampler(lambda x, t: output, shape=(3, 6, 6)), method=method)
+
+
+def test_a_model_that_cannot_be_called():
+    with pytest.raises(TypeError, match="model must be callable, got str"):
+        FDivSampler("unet.pt")
+
+
+def test_classifier_and_model_know_the_same_classes():
+    for known in (5, 6):  # without and with a null class of its own
+        model = unet(num_classes=known)
+        assert FDivSampler(model, classifier()).num_classes == 5
+        assert FDivSampler(model, classifier(), num_classes=3).num_classes == 3
+    for known in (4, 7):
+        with pytest.raises(ValueError, match=f"the classifier has num_classes=5 and the model {known}: they must be"):
+            FDivSampler(unet(num_classes=known), classifier())
+    # what an unconditional model says of classes is no matter
+    assert FDivSampler(unet(num_classes=7), classifier(), class_conditional=False).num_classes == 5
+
+
+def test_a_loaded_classifier_brings_what_it_looks_at():
+    noise = torch.randn(6, 7, 3, 6, 6)
+    for timed, seen in ((False, "x0"), (True, "xt")):
+        loaded = LoadedClassifier(classifier(timed=timed), seen, None)
+        plain = FDivSampler(unet(), loaded.module, classifier_input=seen)
+        for given in (loaded, [loaded]):
+            sampler = FDivSampler(unet(), given)
+            assert sampler.classifier_input == seen
+            assert torch.equal(sample(sampler, noise=noise).images, sample(plain, noise=noise).images)
+        cond_fn = as_cond_fn(loaded)
+        assert (cond_fn.classifier, cond_fn.classifier_input) == (loaded.module, seen)
+        assert FDivSampler(unet(), [loaded, classifier(timed=timed)]).classifier_input == seen
+        with pytest.raises(ValueError, match=f"does not go with loaded classifiers that look at {seen}"):
+            FDivSampler(unet(), loaded, classifier_input={"x0": "xt", "xt": "x0"}[seen])
+    clean, noisy = (LoadedClassifier(classifier(), seen, None) for seen in ("x0", "xt"))
+    with pytest.raises(ValueError, match="one list does not go with loaded classifiers that look at x0 and xt"):
+        FDivSampler(unet(), [clean, noisy])
+
+
+def test_representations_are_short():
+    sampler = guided(tilt=0.3, cfg_scale=1.0)
+    assert repr(sampler) == (
+        "FDivSampler(ToyUNet, ToyClassifier, Guidance('js', tilt=0.3, scale=3.0), classifier_input='x0', "
+        "shape=(3, 6, 6), num_classes=5, device='cpu')"
+    )
+    assert repr(FDivSampler(unet(), [classifier()])).startswith("FDivSampler(ToyUNet, [ToyClassifier], Guidance('js'),")
+    by_hand = FDivSampler(unet(num_classes=5), cond_fn=abs, cfg_scale=2.0, null_class=5)
+    assert "Guidance('js'), cond_fn=abs, " in repr(by_hand) and "cfg_scale=2, null_class=5" in repr(by_hand)
+    assert repr(FDivSampler(unet())).startswith("FDivSampler(ToyUNet, None, None, ")
+    assert repr(sample(sampler, trajectory=2)) == (
+        "Samples(images=(7, 3, 6, 6), labels=(7,), seeds=(7,), batch_size=7, "
+        "diagnostics=Diagnostics(timesteps=(5,), sigmas=(5,), values=(5, 4, 7)), "
+        "trajectory=Trajectory(of='x', steps=(2,), sigmas=(2,), images=(2, 7, 3, 6, 6)))"
+    )
+
+
+def test_guidance_reads_back_and_hashes():
+    guidance = Guidance("alpha:1.5", epsilon=0.5, interval=[1, 5])
+    assert repr(guidance) == "Guidance('alpha:1.5', epsilon=0.5, interval=(1.0, 5.0))"
+    assert eval(repr(guidance)) == guidance == Guidance("alpha:1.5", epsilon=0.5, interval=np.array([1.0, 5.0]))
+    assert len({guidance, Guidance("alpha:1.5", epsilon=0.5, interval=(1, 5))}) == 1
 
 
 def test_the_null_class_is_not_drawn():

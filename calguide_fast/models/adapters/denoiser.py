@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from calguide_fast.schedule import Schedule
 
+from ..resnet import ResNet
+from ..unet import EncoderUNet, UNet
 from .noise_levels import NoiseLevels, per_image, widened
 
 
@@ -41,6 +43,11 @@ class DenoiserModel(nn.Module):
         super().__init__()
         if not callable(net):
             raise TypeError(f"the network must be callable, got {type(net).__name__}")
+        if isinstance(net, (UNet, EncoderUNet, ResNet)):
+            raise TypeError(
+                f"the network must be a denoiser net(x, sigma), and this package's {type(net).__name__} takes no "
+                "sigma; calguide_fast.FDivSampler takes a UNet as it is"
+            )
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min={sigma_min!r} and sigma_max={sigma_max!r} must be 0 < sigma_min < sigma_max")
         self.net = net
