@@ -124,14 +124,6 @@ def guidance_of(preset: str, recipe: str, method: str, changes: Mapping[str, Any
     for name in ("alpha", "epsilon"):
         if guidance.divergence == "none" and name in changes:
             raise ValueError(f"{name}={changes[name]} is of a divergence, and the recipe {recipe} has none: give one")
-    idle = {
-        "tilt_on": not guidance.tilt and "tilt",
-        "tilt_max": not guidance.tilt and "tilt",
-        "adaptive_entropy": not guidance.entropy_weight and "entropy_weight",
-    }
-    for name, needed in idle.items():
-        if needed and changes.get(name):
-            raise ValueError(f"{name}={changes[name]} has no effect without {needed}")
     for name, rule, instead in (
         ("max_guidance", "edm", "scale"),
         ("add_factor", "edm", "scale"),
