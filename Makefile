@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo train-demo test test-full bench bench-smoke bench-report gpu-check gpu-tune lint clean
+.PHONY: setup demo train-demo test test-full bench bench-smoke bench-report bench-readme gpu-check gpu-tune lint clean
 
 setup: $(READY)
 
@@ -45,6 +45,12 @@ bench-report: setup
 	mkdir -p out
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json $(BENCH)
 	$(BIN)/python benchmarks/report.py out/benchmarks.json $(if $(NAME),--name $(NAME))
+
+# the README's tables anew, from a run on this machine that is kept in the place of the last one
+README_RUN ?= epyc-1-thread
+bench-readme:
+	$(MAKE) bench-report NAME=$(README_RUN)
+	$(BIN)/python benchmarks/summary.py benchmarks/results/$(README_RUN).json
 
 # with the PyTorch of $(PYTHON), which is the GPU's; CALL=right, fast or whole picks the parts of ten minutes,
 # PARTS=build,tests any, LIMIT=60 gives each so many seconds; `$(PYTHON) tools/gpu_check.py --plan` lists them
