@@ -180,12 +180,10 @@ class Guidance:
 
 
 SETTINGS = frozenset(field.name for field in fields(Guidance))
-# what a classifier's logits are needed for; a cond_fn shows none
+# what a classifier's logits are needed for, and a cond_fn shows none; temperatures may describe what the cond_fn does
 OF_LOGITS = (
     "alpha",
     "epsilon",
-    "joint_temperature",
-    "marginal_temperature",
     "entropy_weight",
     "adaptive_entropy",
     "entropy_scaling",

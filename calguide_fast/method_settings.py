@@ -59,3 +59,16 @@ def check_cond_fn_settings(guidance: Guidance) -> None:
             f"{names[0]}={changed[names[0]]!r} has no effect with a cond_fn, which gives the gradient and shows no "
             "logits: it needs a classifier"
         )
+
+
+def check_batch_size(guidance: Guidance | None, batch_size: int) -> None:
+    """Refuse a tilt over batches of one image, whose weight is 1.
+
+    Raises:
+        ValueError: there is a tilt, and batch_size is 1.
+    """
+    if batch_size == 1 and guidance is not None and guidance.tilt:
+        raise ValueError(
+            f"tilt={guidance.tilt!r} has no effect with batch_size={batch_size}: it weighs the images of a batch "
+            "against each other"
+        )

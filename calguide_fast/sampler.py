@@ -21,7 +21,7 @@ from calguide_fast.graphs import Graphs
 from calguide_fast.guidance import SETTINGS, Guidance
 from calguide_fast.guides import Classifiers, Guide, OwnGradient, as_member
 from calguide_fast.karras import Churn, KarrasLevels, as_range, within
-from calguide_fast.method_settings import check_cond_fn_settings, check_method_settings
+from calguide_fast.method_settings import check_batch_size, check_cond_fn_settings, check_method_settings
 from calguide_fast.networks import check_callable, denoise_of, device_of, dtype_of, frozen, prepared
 from calguide_fast.noise import as_seeds, draw_labels
 from calguide_fast.ops.checks import check_labels, is_integer, number
@@ -302,11 +302,8 @@ class FDivSampler:
         labels = draw_labels(seeds, self._known_classes()) if isinstance(wanted, int) else wanted
         if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r} must be an integer, at least 1")
-        if batch_size == 1 and self.group is None and self.guidance is not None and self.guidance.tilt:
-            raise ValueError(
-                f"tilt={self.guidance.tilt!r} has no effect with batch_size={batch_size}: it weighs the images of a "
-                "batch against each other"
-            )
+        if batch_size is not None and self.group is None:
+            check_batch_size(self.guidance, batch_size)
         batch_size = max(count, 1) if batch_size is None else batch_size
         guided = sum(map(self._guides_at, timeline.evaluated.tolist()))
         check_noise(noise, len(timeline), (recurrence - 1) * guided, count, self.shape)

@@ -142,6 +142,8 @@ class NativeKernels:
         )  # fmt: skip
         if allowed is False:
             check_outcomes(confidence, correct, weights)
+            # its sum is in another order
+            raise ValueError("the sum of the weights is at the edge of what can be divided by")
         return value, sigma, curve
 
     def smooth_ece_gradient(

@@ -16,7 +16,7 @@ from calguide_fast.generation.presets import PRESETS, RECIPES, guidance_of
 from calguide_fast.generation.settings import LATER, Settings, file_hash, without_later
 from calguide_fast.guidance import Guidance
 from calguide_fast.karras import Churn
-from calguide_fast.method_settings import check_method_settings
+from calguide_fast.method_settings import check_batch_size, check_method_settings
 from calguide_fast.ops.checks import number
 from calguide_fast.sampler import FDivSampler
 
@@ -54,6 +54,7 @@ class Job:
         )
         shares(len(sources.classifiers), options.classifier_weights)
         batch_size = preset.batch_size if options.batch_size is None else options.batch_size
+        check_batch_size(guidance, batch_size)
         plan = Plan.of(
             options.num_samples, batch_size, options.seeds, options.labels, preset.num_classes, preset.num_samples
         )

@@ -16,6 +16,9 @@ from calguide_fast.ops import checks
 from calguide_fast.ops._library import LIBRARY, applied, dispatched, is_direct, leading, once, plain_calls
 from calguide_fast.ops.divergences import infinite_on_zeros, parse_divergence
 
+# beyond it floats cannot hold what a temperature multiplies
+MOST_TEMPERATURE = 1e30
+
 LIBRARY.define(
     "guidance_gradient(Tensor logits, Tensor labels, int divergence, float order, float alpha, float epsilon, "
     "float joint_temperature, float marginal_temperature, float entropy_weight, bool adaptive_entropy) "
@@ -151,8 +154,8 @@ def _checked_settings(
         order,
         alpha,
         epsilon,
-        checks.number("joint_temperature", joint_temperature, low=0.0),
-        checks.number("marginal_temperature", marginal_temperature, low=0.0),
+        checks.number("joint_temperature", joint_temperature, low=0.0, high=MOST_TEMPERATURE),
+        checks.number("marginal_temperature", marginal_temperature, low=0.0, high=MOST_TEMPERATURE),
         checks.number("entropy_weight", entropy_weight),
         adaptive_entropy,
     )
@@ -196,8 +199,9 @@ def guidance_gradient(
             ``"chi2"``, ``"neyman_chi2"``, ``"alpha:a"`` (Cressie-Read of order a) or ``"none"``.
         alpha: weight α ≥ 0 of the divergence.
         epsilon: weight ε of the label in q, from 0 (uniform) to 1 (one-hot); the reverse of label smoothing's ε.
-        joint_temperature: τ₁ ≥ 0, multiplies the label's logit.
-        marginal_temperature: τ₂ ≥ 0, multiplies the logits inside the log-sum-exp; absolute, not relative to τ₁.
+        joint_temperature: τ₁ in [0, 1e30], multiplies the label's logit.
+        marginal_temperature: τ₂ in [0, 1e30], multiplies the logits inside the log-sum-exp; absolute, not relative to
+            τ₁.
         entropy_weight: λ, in score per nat.
         adaptive_entropy: use λ_b = λ (1 − H(p_b)/log C) for each image, with no gradient through λ_b: strongest where
             the classifier is surest. This is our reading of the paper's "adaptive" entropy term, for which its

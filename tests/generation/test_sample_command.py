@@ -408,6 +408,7 @@ def test_folders_that_are_not_to_be_touched(begun, tmp_path):
         (["--device", "meta"], "device='meta' has shapes alone, and computes nothing"),
         (["--tilt", "0", "--tilt-max", "2"], "tilt_max=2.0 has no effect without tilt"),
         (["--adaptive-entropy"], "adaptive_entropy=True has no effect without entropy_weight"),
+        (["--tilt", "0.5", "--batch-size", "1"], "tilt=0.5 has no effect with batch_size=1"),
         (["--seeds", f"0-{10**20}"], f"seeds 0-{10**20} are {10**20 + 1} and num-samples is {IMAGES}"),
         (["--seeds", "0-10000000", "--num-samples", "10000001"], "10000001 images are too many for one run"),
         (["--labels", f"1,3-{10**20}"], f"labels='1,3-{10**20}' has {10**20}: labels must lie in 0..9"),

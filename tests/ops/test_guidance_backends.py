@@ -267,6 +267,54 @@ def test_the_lowest_finite_logit_is_a_class_of_no_probability(divergence, num_cl
     assert_near(found.entropy, expected.entropy, TOLERANCE)
 
 
+@pytest.mark.parametrize("num_classes", [3, 17, 18, 40])
+@pytest.mark.parametrize("settings", [("forward_kl", 2.0, 0.0), ("jeffreys", 2.0, 0.0), ("none", 0.0, 2.0)])
+def test_the_lowest_finite_logit_is_nothing_at_any_weight(settings, num_classes, backend):
+    divergence, alpha, entropy_weight = settings
+    logits, labels = torch.randn(2, num_classes), torch.tensor([0, 1])
+    # within the last vector of a CPU's, and before it
+    logits[0, -1] = logits[1, num_classes // 2] = torch.finfo(torch.float32).min
+    weights = {"alpha": alpha, "entropy_weight": entropy_weight}
+    found = guidance_gradient(logits, labels, divergence, **weights)
+    with use_backend("reference"):
+        expected = guidance_gradient(logits.double(), labels, divergence, **weights)
+    assert_near(found.grad, expected.grad, TOLERANCE)
+
+
+@pytest.mark.parametrize("num_classes", [2, 11, 40])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_a_steep_marginal_temperature(divergence, num_classes, backend):
+    logits, labels = torch.randn(3, num_classes), torch.tensor([0, 1, 1])
+    for temperature in (1e7, 1e30):
+        settings = {"divergence": divergence, "joint_temperature": 0.0, "marginal_temperature": temperature}
+        found = guidance_gradient(logits, labels, **settings)
+        with use_backend("reference"):
+            expected = guidance_gradient(logits.double(), labels, **settings)
+        # of what is left beside the largest class's -temperature
+        assert_near(found.grad / temperature, expected.grad / temperature, TOLERANCE)
+        assert_near(found.log_prob / temperature, expected.log_prob / temperature, TOLERANCE)
+        assert_near(found.entropy, expected.entropy, TOLERANCE)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e38, -2e37])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_rows_at_the_end_of_floats(divergence, lowest, temperature, backend):
+    """Only differences of logits count, but for what the joint temperature multiplies."""
+    logits, labels = torch.zeros(2, 11), torch.tensor([0, 10])
+    settings = {"divergence": divergence, "epsilon": 0.5, "joint_temperature": temperature}
+    settings["marginal_temperature"] = temperature
+    found = guidance_gradient(torch.full_like(logits, lowest), labels, **settings)
+    with use_backend("reference"):
+        expected = guidance_gradient(logits.double(), labels, **settings)
+    assert_near(found.grad, expected.grad, TOLERANCE)
+    assert_near(found.entropy, expected.entropy, TOLERANCE)
+    assert_near(found.divergence, expected.divergence, TOLERANCE)
+    # which takes the two terms of the definition by themselves, and beside them rounds log 11 away
+    if backend != "reference":
+        assert_near(found.log_prob, expected.log_prob, TOLERANCE)
+
+
 def test_a_label_beyond_the_range_of_floats_below_the_others_is_finite(backend):
     logits = torch.zeros(1, 10)
     logits[0, 3], logits[0, 7] = torch.finfo(torch.float32).min, 1e38

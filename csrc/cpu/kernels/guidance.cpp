@@ -16,8 +16,11 @@ namespace calguide {
 namespace CALGUIDE_ISA {
 namespace {
 
-// a padding logit: its exponential is 0 at any temperature
-constexpr float padding = -1e38f;
+// A padding logit, and no number that anybody masks classes with: its exponential is 0 beside a maximum that is not
+// almost as low.
+constexpr float padding = -1.2345679e38f, lowest_max = -1e37f;
+// a class that is farther below the maximum has no probability, and its d times a weight should stay finite
+constexpr float farthest = -1e20f;
 // rows up to this long use buffers on the stack
 constexpr int64_t stack_classes = 2048;
 
@@ -155,7 +158,8 @@ CALGUIDE_INLINE Vector<Real> gradient_vector(const Row<Real>& row, const Gradien
   const Lanes stored = load_lanes<Real>(row.e + i);
   const Lanes e = M == marginal_half ? stored * stored : stored;
   const Lanes e2 = M == marginal_general ? load_lanes<Real>(row.e2 + i) : stored;
-  const Lanes d = HasLog ? load_lanes<Real>(row.x + i) - static_cast<Real>(row.max) : Lanes{};
+  const Lanes zero = {}, far = zero + static_cast<Real>(farthest);
+  const Lanes d = HasLog ? max_lanes<Real>(load_lanes<Real>(row.x + i) - static_cast<Real>(row.max), far) : zero;
   const Lanes w = HasW ? load_lanes<Real>(row.w + i) : Lanes{};
   return gradient_of<M, HasLog, HasW>(form, e, e2, d, w);
 }
@@ -180,7 +184,8 @@ void gradient_pass(const Row<Real>& given_row, const GradientForm<Real>& given_f
 template <class Real, class T>
 void overflow_pass(const Row<Real>& row, const GradientForm<Real>& form, Marginal marginal, T* grad) {
   for (int64_t i = 0; i < row.count; ++i) {
-    const Real d = static_cast<Real>(row.x[i]) - row.max, stored = row.e[i];
+    const Real distance = static_cast<Real>(row.x[i]) - row.max, d = distance < farthest ? farthest : distance;
+    const Real stored = row.e[i];
     const Real exponential = marginal == marginal_half ? stored * stored : stored;
     const Real second = marginal == marginal_general ? row.e2[i] : stored;
     store_float(grad + i,
@@ -267,7 +272,7 @@ PeakSums<double> find_peak(const Row<Real>& row, int64_t place, Marginal margina
 
 // Pads row b, stores its statistics and finds its gradient's form. False, having changed nothing else, if a logit is
 // not finite or two are so far apart that exp2_lanes does not serve: then e d or e2 is not finite somewhere, and so is
-// the sum of them. Likewise if floats cannot hold the sum of d.
+// the sum of them. Likewise if floats cannot hold the sum of d, or the padding is no lower than the row.
 template <class Real>
 bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<Real>& row, int64_t b,
                const Ahead& ahead, Solution<Real>& solution) {
@@ -279,7 +284,8 @@ bool solve_row(const Settings& settings, const Prior<double>& prior, const Row<R
   ExpSums<double> sums = exponentials(row, padded, settings, settings.traits.reverse_kl, ahead);
   sums.count = static_cast<double>(row.count);
   const bool finite = isfinite(sums.ed) && isfinite(sums.s2) && isfinite(sums.d);
-  if (!(finite && (isfinite(row.label.d) || !row.label.present))) return false;
+  const bool padded_below = row.far || row.max > lowest_max;
+  if (!(finite && padded_below && (isfinite(row.label.d) || !row.label.present))) return false;
   const RowScalars<double> scalars = row_scalars(guidance, prior, row.label, sums);
 
   solution = {};
@@ -336,8 +342,8 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   row.label.present = row.x[label] > -INFINITY;
   row.label.logit = row.x[label];
   row.label.d = row.label.present ? distance(row.label.logit, max) : -INFINITY;
-  // in double the passes take the maximum off themselves
-  constexpr bool in_double = sizeof(Real) == sizeof(double);
+  // in double the passes take the maximum off themselves, unless padding would be above it
+  const bool in_double = sizeof(Real) == sizeof(double) && max > lowest_max;
   row.max = in_double ? max : 0.0f;
   row.far = true;
   row.count = 0;
@@ -353,10 +359,13 @@ void unusual_row(const Settings& settings, Row<Real> row, int64_t label, int64_t
   }
   const Prior<double> prior = make_prior(settings.guidance, static_cast<double>(finite), row.label.present);
   Solution<Real> solution;
-  solve_row(settings, prior, row, b, ahead, solution);
-  write_solution(row, solution, settings.marginal, compact);
-  for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
-  store_float(grad + label, static_cast<float>(solution.form.label));
+  if (solve_row(settings, prior, row, b, ahead, solution)) {
+    write_solution(row, solution, settings.marginal, compact);
+    for (int64_t i = 0; i < row.count; ++i) store_float(grad + place[i], compact[i]);
+    store_float(grad + label, static_cast<float>(solution.form.label));
+  } else {
+    fill_invalid(arguments, b, grad);
+  }
   free(compact);
   free(place);
 }

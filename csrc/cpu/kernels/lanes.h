@@ -205,7 +205,11 @@ CALGUIDE_INLINE Vector<Real> exp2_lanes(Vector<Real> x, Real scale) {
 template <class Real>
 CALGUIDE_INLINE Vector<Real> exp2_far_lanes(Vector<Real> x, Real scale) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == sizeof(float)) x = max_lanes<Real>(Vector<Real>{} - static_cast<Real>(1e20), x);
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    // so that the product is no lower
+    const Real farthest = static_cast<Real>(-1e20) / (scale > 1 ? scale : 1);
+    x = max_lanes<Real>(Vector<Real>{} + farthest, x);
+  }
 #endif
   return exp2_lanes<Real>(x, scale);
 }
